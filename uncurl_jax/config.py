@@ -1,0 +1,133 @@
+"""Frozen dataclasses that say what a model and a run are. No JAX, no gin, no files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from uncurl_jax.errors import InputError
+
+
+def alternating_experts(num_layers: int, num_experts: int) -> tuple[int, ...]:
+    """Returns expert counts with an MoE layer in every other place, starting with the first.
+
+    Section 3 of arXiv 2409.01483: layers 0, 2, 4, ... are MoE layers, the others dense.
+    `num_experts` 0 gives a dense model.
+    """
+    return tuple(num_experts if layer % 2 == 0 else 0 for layer in range(num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A GPT-2-style decoder whose feed-forward layers may be mixtures of experts.
+
+    Attributes:
+      num_experts: experts per layer, 0 for a dense feed-forward layer; its length is the depth.
+      vocab_size: rows of the token embedding, which is also the output projection (tied).
+      embed_dim: width of the residual stream.
+      num_heads: attention heads; divides embed_dim.
+      mlp_dim: hidden width of each feed-forward network and each expert.
+      max_length: learned positions, the longest sequence in tokens.
+      num_selected_experts: top-k; 1 is Switch routing (the gate is the softmax probability).
+      normalize_gates: for top-k > 1, divide the selected gates by their sum.
+      capacity_factor: slots per expert in training, as a multiple of tokens * k / experts;
+        None is dropless.
+      eval_capacity_factor: the same outside training.
+      min_capacity: the fewest slots an expert has, when a capacity factor is set.
+      router_jitter: router inputs are multiplied by uniform noise in [1-jitter, 1+jitter] in
+        training; 0 turns it off.
+      auxiliary_loss_weight: weight of the load-balancing loss (Switch Transformer, eq. 4).
+      router_z_loss_weight: weight of the router z-loss (ST-MoE, eq. 5).
+      init_stddev: standard deviation of every kernel's initial values (GPT-2: 0.02); those that
+        write to the residual stream are scaled by 1/sqrt(2 * depth).
+      norm_epsilon: epsilon of LayerNorm.
+      dtype: compute type of matrix products, "bfloat16" or "float32". Parameters, router,
+        softmaxes, norms and losses are float32 always.
+    """
+
+    num_experts: tuple[int, ...]
+    vocab_size: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    max_length: int
+    num_selected_experts: int = 1
+    normalize_gates: bool = False
+    capacity_factor: float | None = 1.2
+    eval_capacity_factor: float | None = 1.0
+    min_capacity: int = 4
+    router_jitter: float = 0.0
+    auxiliary_loss_weight: float = 0.01
+    router_z_loss_weight: float = 0.0
+    init_stddev: float = 0.02
+    norm_epsilon: float = 1e-5
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_experts", tuple(int(count) for count in self.num_experts))
+        if not self.num_experts:
+            raise InputError("num_experts must name at least one layer, got (): give one entry per layer.")
+        for name in ("vocab_size", "embed_dim", "num_heads", "mlp_dim", "max_length", "num_selected_experts", "min_capacity"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.embed_dim % self.num_heads:
+            raise InputError(
+                f"num_heads must divide embed_dim, got {self.num_heads} heads and embed_dim {self.embed_dim}."
+            )
+        for layer, count in enumerate(self.num_experts):
+            if count < 0 or 0 < count < self.num_selected_experts:
+                raise InputError(
+                    f"num_experts[{layer}]={count} is below num_selected_experts="
+                    f"{self.num_selected_experts}: choose at least that many experts or lower top-k."
+                )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and factor <= 0:
+                raise InputError(f"{name} must be positive, or None for dropless, got {factor}.")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise InputError(f'dtype must be "bfloat16" or "float32", got {self.dtype!r}.')
+
+    @property
+    def num_layers(self) -> int:
+        """Depth."""
+        return len(self.num_experts)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        return tuple(layer for layer, count in enumerate(self.num_experts) if count)
+
+    def expert_capacity(self, layer: int, num_tokens: int, *, is_training: bool) -> int | None:
+        """Slots per expert for a group of `num_tokens` tokens in `layer`; None if dropless."""
+        factor = self.capacity_factor if is_training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        slots = math.ceil(num_tokens * self.num_selected_experts * factor / self.num_experts[layer])
+        return min(max(slots, self.min_capacity), num_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-compatible dict; `from_dict` reads it back."""
+        return {**dataclasses.asdict(self), "num_experts": list(self.num_experts)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Builds a config from `to_dict`'s output.
+
+        Raises:
+          InputError: If a field is unknown or missing.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        unknown, missing = sorted(set(values) - set(known)), sorted(required - set(values))
+        if unknown or missing:
+            raise InputError(
+                f"A model configuration must have the fields of this version, got unknown {unknown} "
+                f"and missing {missing}: it was written for another architecture."
+            )
+        return cls(**{**values, "num_experts": tuple(values["num_experts"])})
