@@ -131,3 +131,84 @@ class ModelConfig:
                 f"and missing {missing}: it was written for another architecture."
             )
         return cls(**{**values, "num_experts": tuple(values["num_experts"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, decay and clipping.
+
+    Attributes:
+      peak_learning_rate: after the warm-up.
+      warmup_steps: optimizer steps of linear warm-up from 0.
+      schedule: after it, "linear" or "cosine" decay to 0 at the last step, or "constant".
+      b1, b2, epsilon: AdamW's.
+      weight_decay: decoupled; applied to kernels, experts and embeddings, not to biases or norms.
+      clip_norm: largest global gradient norm; None turns clipping off.
+    """
+
+    peak_learning_rate: float
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise InputError(
+                f'schedule must be "linear", "cosine" or "constant", got {self.schedule!r}.'
+            )
+        if self.peak_learning_rate <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise InputError(
+                "peak_learning_rate must be positive and warmup_steps and weight_decay at least 0, "
+                f"got {self.peak_learning_rate}, {self.warmup_steps} and {self.weight_decay}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training stage: what is trained, on which token cache, for how long.
+
+    Attributes:
+      optimizer: how.
+      num_steps: optimizer steps.
+      batch_size: rows per optimizer step, over all devices and processes.
+      model: the architecture to start fresh; None goes on from a checkpoint given to the stage.
+      trainable: "all", or "router" for the warm-up after a prune (everything else is frozen).
+      length: tokens per row; None takes the longest row of the cache, rounded up to 32.
+      accumulation_steps: parts that a batch is computed in, one after the other; the gradient is
+        that of the whole batch.
+      seed: of parameters, batch order and jitter.
+      log_every_steps: how often metrics are written.
+      save_every_steps: how often a checkpoint is saved besides the last; None saves the last.
+      max_to_keep: checkpoints that stay; None keeps all.
+      expert_partitions, model_partitions: of the device mesh; the other devices split the batch.
+    """
+
+    optimizer: OptimizerConfig
+    num_steps: int
+    batch_size: int
+    model: ModelConfig | None = None
+    trainable: str = "all"
+    length: int | None = None
+    accumulation_steps: int = 1
+    seed: int = 0
+    log_every_steps: int = 10
+    save_every_steps: int | None = None
+    max_to_keep: int | None = 1
+    expert_partitions: int = 1
+    model_partitions: int = 1
+
+    def __post_init__(self):
+        if self.trainable not in ("all", "router"):
+            raise InputError(f'trainable must be "all" or "router", got {self.trainable!r}.')
+        for name in ("num_steps", "batch_size", "accumulation_steps", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.batch_size % self.accumulation_steps:
+            raise InputError(
+                "accumulation_steps must divide batch_size, got "
+                f"{self.accumulation_steps} and {self.batch_size}."
+            )

@@ -1,0 +1,207 @@
+"""The GPT-2-style decoder: pre-LayerNorm, GELU, learned positions, tied embeddings.
+
+Section 2 of arXiv 2409.01483 describes the models; `num_experts` has one entry per layer, so one
+class serves dense, unpruned and pruned models alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from uncurl_jax.config import ModelConfig
+from uncurl_jax.models import layers
+from uncurl_jax.models.moe import MoeLayer
+from uncurl_jax.partitioning import parameter_spec
+
+Params = dict[str, Any]
+
+MOE_METRICS = (
+    "auxiliary_loss",
+    "router_z_loss",
+    "fraction_tokens_left_behind",
+    "expert_usage",
+    "router_confidence",
+)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and added to the residual."""
+
+    config: ModelConfig
+    layer: int
+    mesh: Mesh | None = None
+    num_groups: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array, *, is_training: bool, decode: bool
+    ) -> jax.Array:
+        """Maps [b, l, d] to [b, l, d] in the compute dtype; see Decoder for the arguments."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        normed = layers.layer_norm(config, "pre_attention_norm")(x).astype(dtype)
+        attention = layers.SelfAttention(config, name="attention")
+        x = x + attention(normed, positions, decode=decode)
+        normed = layers.layer_norm(config, "pre_mlp_norm")(x)
+        if config.num_experts[self.layer] == 0:
+            return x + layers.Mlp(config, name="mlp")(normed.astype(dtype))
+        moe = MoeLayer(config, self.layer, self.mesh, self.num_groups, name="moe")
+        y = moe(normed, mask, is_training=is_training, is_dropless=decode)
+        return x + y.astype(dtype)
+
+
+class Decoder(nn.Module):
+    """Token ids to next-token logits.
+
+    Attributes:
+      config: the model.
+      mesh: None on one device; else MoE layers compute through shard_map on it.
+      num_groups: see MoeLayer.
+    """
+
+    config: ModelConfig
+    mesh: Mesh | None = None
+    num_groups: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        is_training: bool = False,
+        decode: bool = False,
+    ) -> jax.Array:
+        """Runs the decoder.
+
+        Args:
+          inputs: [b, l] int32 token ids, targets shifted right.
+          mask: [b, l] bool, False at padding (right end of a row); all True by default.
+          positions: [b, l] int32, 0..l-1 by default.
+          is_training: training capacity factor and router jitter.
+          decode: use the key-value cache (collection "cache"); experts are dropless then.
+
+        Returns:
+          [b, l, vocab] float32 logits.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        length = inputs.shape[1]
+        if length > config.max_length:
+            raise ValueError(
+                f"A sequence must not be longer than max_length={config.max_length}, got {length}."
+            )
+        if mask is None:
+            mask = jnp.ones(inputs.shape, dtype=bool)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), inputs.shape)
+        embedder = nn.Embed(
+            config.vocab_size,
+            config.embed_dim,
+            dtype=dtype,
+            embedding_init=layers.kernel_init(config, "vocab", "embed"),
+            name="token_embedder",
+        )
+        position_embedder = nn.Embed(
+            config.max_length,
+            config.embed_dim,
+            dtype=dtype,
+            embedding_init=layers.kernel_init(config, "unmodeled", "embed"),
+            name="position_embedder",
+        )
+        x = embedder(inputs) + position_embedder(positions)
+        for layer in range(config.num_layers):
+            block = DecoderLayer(config, layer, self.mesh, self.num_groups, name=f"layers_{layer}")
+            x = block(x, mask, positions, is_training=is_training, decode=decode)
+        x = layers.layer_norm(config, "final_norm")(x).astype(dtype)
+        embedding = jnp.asarray(embedder.embedding, dtype)
+        # bld,vd->blv: the output projection is the token embedding; logits stay float32.
+        return jnp.einsum("bld,vd->blv", x, embedding, preferred_element_type=jnp.float32)
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a model.
+
+    Attributes:
+      total: all of them.
+      active: those that one token's forward pass uses (k experts per MoE layer).
+    """
+
+    total: int
+    active: int
+
+
+def _boxed_abstract_params(config: ModelConfig) -> Any:
+    tokens = jnp.zeros((1, min(2, config.max_length)), jnp.int32)
+    init = functools.partial(Decoder(config).init, jax.random.key(0))
+    return jax.eval_shape(init, tokens)["params"]
+
+
+def logical_axes(config: ModelConfig) -> Any:
+    """Returns the tree of logical axis names (a PartitionSpec of names) of every parameter."""
+    return nn.get_partition_spec(_boxed_abstract_params(config))
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
+    """Returns the parameter tree as float32 ShapeDtypeStructs, with shardings if a mesh is given."""
+    boxed = _boxed_abstract_params(config)
+    params = nn.meta.unbox(boxed)
+    if mesh is None:
+        return params
+    names = nn.get_partition_spec(boxed)
+
+    def with_sharding(array: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, parameter_spec(tuple(axes), array.shape, mesh))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, params, names)
+
+
+def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
+    """Returns freshly initialised float32 parameters, born sharded if a mesh is given.
+
+    The values depend on `seed` alone, not on the mesh.
+    """
+    tokens = jnp.zeros((1, min(2, config.max_length)), jnp.int32)
+
+    def init(key: jax.Array) -> Any:
+        return nn.meta.unbox(Decoder(config).init(key, tokens)["params"])
+
+    shardings = None
+    if mesh is not None:
+        shardings = jax.tree.map(lambda array: array.sharding, abstract_params(config, mesh))
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Counts parameters from shapes alone; nothing is allocated."""
+    total = inactive = 0
+    for path, array in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]:
+        size = math.prod(array.shape)
+        total += size
+        if "experts" in (entry.key for entry in path):
+            inactive += size // array.shape[0] * (array.shape[0] - config.num_selected_experts)
+    return ParameterCount(total, total - inactive)
+
+
+def moe_metrics(intermediates: Any) -> dict[str, jax.Array]:
+    """Reduces what MoE layers sowed: losses are summed over layers, the rest averaged.
+
+    A dense model gives zeros.
+    """
+    values: dict[str, list[jax.Array]] = {name: [] for name in MOE_METRICS}
+    for path, value in jax.tree_util.tree_flatten_with_path(intermediates)[0]:
+        name = next(entry.key for entry in reversed(path) if hasattr(entry, "key"))
+        if name in values:
+            values[name].append(value)
+    zero = jnp.zeros((), jnp.float32)
+    return {
+        name: (sum(found) if name.endswith("_loss") else sum(found) / len(found)) if found else zero
+        for name, found in values.items()
+    }

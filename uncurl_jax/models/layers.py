@@ -1,0 +1,127 @@
+"""Attention, dense feed-forward network and norm of the GPT-2-style decoder.
+
+Axes: b batch, l length, d embed, h heads, k head_dim, f mlp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from uncurl_jax.config import ModelConfig
+
+
+def kernel_init(config: ModelConfig, *axes: str, is_residual: bool = False):
+    """Normal initialiser annotated with logical axes.
+
+    Kernels that write to the residual stream are scaled by 1/sqrt(2 * depth), as in GPT-2
+    (Radford et al. 2019, section 2.3).
+    """
+    scale = 1.0 / math.sqrt(2 * config.num_layers) if is_residual else 1.0
+    return nn.with_logical_partitioning(nn.initializers.normal(config.init_stddev * scale), axes)
+
+
+def bias_init(*axes: str):
+    """Zeros annotated with logical axes."""
+    return nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+
+
+def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+    """LayerNorm over embed, computed in float32, parameters scale [d] and bias [d]."""
+    return nn.LayerNorm(
+        epsilon=config.norm_epsilon,
+        dtype=jnp.float32,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)),
+        bias_init=bias_init("embed"),
+        name=name,
+    )
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention with an optional key-value cache.
+
+    Padding stands at the right end of a row, so the causal mask alone keeps it out.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array, *, decode: bool = False) -> jax.Array:
+        """Attends.
+
+        Args:
+          x: [b, l, d] compute dtype.
+          positions: [b, l] int32, used with the cache only: where keys are written, and how far
+            each query may look.
+          decode: read and write the cache of `max_length` positions. Keys at positions beyond a
+            row's own are never read before they are overwritten, so rows may differ in length.
+
+        Returns:
+          [b, l, d] compute dtype.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+
+        def projection(name: str) -> jax.Array:
+            return nn.DenseGeneral(
+                (config.num_heads, config.head_dim),
+                dtype=dtype,
+                kernel_init=kernel_init(config, "embed", "heads", "kv"),
+                bias_init=bias_init("heads", "kv"),
+                name=name,
+            )(x)
+
+        query, key, value = projection("query"), projection("key"), projection("value")
+        if decode:
+            key, value = self._update_cache(key, value, positions)
+            # [b, 1, l, max_length]: query i sees cache slots up to its own position.
+            mask = (jnp.arange(config.max_length) <= positions[..., None])[:, None]
+            out = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        else:
+            out = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return nn.DenseGeneral(
+            config.embed_dim,
+            axis=(-2, -1),
+            dtype=dtype,
+            kernel_init=kernel_init(config, "heads", "kv", "embed", is_residual=True),
+            bias_init=bias_init("embed"),
+            name="out",
+        )(out)
+
+    def _update_cache(self, key: jax.Array, value: jax.Array, positions: jax.Array):
+        """Writes [b, l, h, k] keys and values at `positions`; returns the whole cache."""
+        batch, _, heads, head_dim = key.shape
+        shape = (batch, self.config.max_length, heads, head_dim)
+        cached_key = self.variable("cache", "cached_key", jnp.zeros, shape, key.dtype)
+        cached_value = self.variable("cache", "cached_value", jnp.zeros, shape, value.dtype)
+        rows = jnp.arange(batch)[:, None]
+        cached_key.value = cached_key.value.at[rows, positions].set(key)
+        cached_value.value = cached_value.value.at[rows, positions].set(value)
+        return cached_key.value, cached_value.value
+
+
+class Mlp(nn.Module):
+    """Dense feed-forward network: wo(gelu(wi(x)))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, l, d] to [b, l, d] in the compute dtype."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        hidden = nn.Dense(
+            config.mlp_dim,
+            dtype=dtype,
+            kernel_init=kernel_init(config, "embed", "mlp"),
+            bias_init=bias_init("mlp"),
+            name="wi",
+        )(x)
+        return nn.Dense(
+            config.embed_dim,
+            dtype=dtype,
+            kernel_init=kernel_init(config, "mlp", "embed", is_residual=True),
+            bias_init=bias_init("embed"),
+            name="wo",
+        )(nn.gelu(hidden))

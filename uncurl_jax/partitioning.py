@@ -1,0 +1,122 @@
+"""Device mesh, logical axis names, and the one table that maps names to mesh axes.
+
+Logical axes are T5X's words: batch, length, embed, mlp, heads, kv, vocab, expert, expert_mlp,
+unmodeled. Mesh axes are (data, expert, model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from uncurl_jax.errors import InputError
+
+MESH_AXES = ("data", "expert", "model")
+TOKEN_AXES = ("data", "expert")
+
+LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
+    "batch": TOKEN_AXES,
+    "length": None,
+    "embed": None,
+    "mlp": "model",
+    "heads": "model",
+    "kv": None,
+    "vocab": "model",
+    "expert": "expert",
+    "expert_mlp": "model",
+    "unmodeled": None,
+}
+
+
+def make_mesh(
+    *, expert_partitions: int = 1, model_partitions: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Returns a (data, expert, model) mesh; what the two counts leave over goes to data.
+
+    Args:
+      expert_partitions: devices among which the experts of a layer are divided.
+      model_partitions: devices among which heads and hidden units are divided.
+      devices: all devices of all processes by default.
+
+    Raises:
+      InputError: If the two counts do not divide the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    group = expert_partitions * model_partitions
+    if expert_partitions < 1 or model_partitions < 1 or len(devices) % group:
+        raise InputError(
+            "expert_partitions * model_partitions must divide the number of devices, got "
+            f"{expert_partitions} * {model_partitions} on {len(devices)} devices: choose divisors."
+        )
+    shape = (len(devices) // group, expert_partitions, model_partitions)
+    grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Number of devices along one mesh axis or a product of several."""
+    if axes is None:
+        return 1
+    names = (axes,) if isinstance(axes, str) else axes
+    return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def parameter_spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+) -> PartitionSpec:
+    """Maps one array's logical axis names to a PartitionSpec that its shape can take.
+
+    A mesh axis that does not divide its dimension is left out there. If that was the expert axis
+    (5 experts on 4 devices), the expert mesh axis divides another dimension instead, so that
+    storage stays divided; the layer pads the experts when it computes.
+    """
+    wanted = [LOGICAL_TO_MESH[name] if name else None for name in names]
+    spec: list[Any] = [
+        axes if axes and size % axis_size(mesh, axes) == 0 else None
+        for axes, size in zip(wanted, shape, strict=True)
+    ]
+    if "expert" in wanted and "expert" not in spec:
+        for dimension in range(len(shape) - 1, 0, -1):
+            if spec[dimension] is None and shape[dimension] % mesh.shape["expert"] == 0:
+                spec[dimension] = "expert"
+                break
+    return PartitionSpec(*spec)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
+
+
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Puts a pytree of numpy arrays [batch, ...] on the mesh, divided by its first axis.
+
+    With several processes each passes its own contiguous part of the global batch.
+
+    Raises:
+      InputError: If the batch does not divide evenly among the devices that hold tokens.
+    """
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, batch)
+    sharding = batch_sharding(mesh)
+    shards = axis_size(mesh, TOKEN_AXES)
+    processes = len({device.process_index for device in mesh.devices.flat})
+
+    def place(array: np.ndarray) -> jax.Array:
+        if (array.shape[0] * processes) % shards:
+            raise InputError(
+                f"batch_size must be a multiple of data * expert partitions, got "
+                f"{array.shape[0] * processes} on {shards}: choose a multiple of {shards}."
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(array))
+
+    return jax.tree.map(place, batch)

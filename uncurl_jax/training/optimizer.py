@@ -1,0 +1,67 @@
+"""AdamW with warm-up, decay, clipping, and a choice of what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from uncurl_jax.config import OptimizerConfig
+
+_UNDECAYED = ("bias", "wi_bias", "wo_bias", "scale")
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then the chosen decay, which reaches 0 at `num_steps`."""
+    decay_steps = max(num_steps - config.warmup_steps, 1)
+    peak = config.peak_learning_rate
+    decay = {
+        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(entry.key) for entry in path]
+
+
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, trainable: str = "all"
+) -> optax.GradientTransformation:
+    """Returns the optimizer; with trainable "router", all but router kernels get zero updates.
+
+    Clipping sees the gradients of what is trained only. Frozen parameters have no optimizer state.
+    """
+
+    def is_decayed(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: _names(path)[-1] not in _UNDECAYED, params
+        )
+
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    adamw = optax.chain(
+        clip,
+        optax.adamw(
+            learning_rate_schedule(config, num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=is_decayed,
+        ),
+    )
+    if trainable == "all":
+        return adamw
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "trained" if "router" in _names(path) else "frozen", params
+        )
+
+    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)

@@ -1,0 +1,176 @@
+"""One optimizer step as a pure, compiled function; the same for every stage and mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from uncurl_jax.config import ModelConfig, TrainConfig
+from uncurl_jax.models.decoder import Decoder, Params, abstract_params, moe_metrics
+from uncurl_jax.training import losses, optimizer
+
+
+class TrainState(NamedTuple):
+    """What a training run carries from step to step.
+
+    Attributes:
+      step: int32 scalar, optimizer steps done.
+      params: float32 tree.
+      opt_state: the state of `optimizer.make_optimizer`.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+def new_state(params: Params, config: TrainConfig) -> TrainState:
+    """Returns step 0 with a fresh optimizer state, sharded as the parameters are."""
+    transformation = optimizer.make_optimizer(config.optimizer, config.num_steps, config.trainable)
+    shardings = _state_shardings(jax.eval_shape(transformation.init, params), params)
+    opt_state = jax.jit(transformation.init, out_shardings=shardings)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def _state_shardings(abstract_opt_state: Any, params: Params) -> Any:
+    """Shardings for an optimizer state: moments follow their parameter, scalars are replicated."""
+    of_parameter = {
+        _path_names(path): array.sharding
+        for path, array in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    some_sharding = next(iter(of_parameter.values()))
+    if not isinstance(some_sharding, NamedSharding):
+        return None
+    everywhere = NamedSharding(some_sharding.mesh, PartitionSpec())
+    depth = {len(names) for names in of_parameter}
+
+    def find(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        names = _path_names(path)
+        return next(
+            (of_parameter[names[-n:]] for n in depth if names[-n:] in of_parameter), everywhere
+        )
+
+    return jax.tree_util.tree_map_with_path(find, abstract_opt_state)
+
+
+def _path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(entry.key) for entry in path if hasattr(entry, "key"))
+
+
+def state_dict(opt_state: Any) -> Any:
+    """Turns an optimizer state into nested dicts, as checkpoints store it."""
+    return flax.serialization.to_state_dict(opt_state)
+
+
+def from_state_dict(template: Any, values: Any) -> Any:
+    """Inverse of `state_dict`; `template` is an optimizer state of the same structure."""
+    return flax.serialization.from_state_dict(template, values)
+
+
+def abstract_state(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh | None
+) -> tuple[Any, Any]:
+    """Returns (parameters, optimizer state) as ShapeDtypeStructs with shardings, to restore."""
+    params = abstract_params(model, mesh)
+    transformation = optimizer.make_optimizer(config.optimizer, config.num_steps, config.trainable)
+    opt_state = jax.eval_shape(transformation.init, params)
+    if mesh is not None:
+        shardings = _state_shardings(opt_state, params)
+        opt_state = jax.tree.map(
+            lambda array, sharding: jax.ShapeDtypeStruct(
+                array.shape, array.dtype, sharding=sharding
+            ),
+            opt_state,
+            shardings,
+        )
+    return params, opt_state
+
+
+def make_train_step(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, num_groups: int | None = None
+) -> Callable[[TrainState, Any, int], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the compiled step (state, batch, seed) -> (state, metrics); the state is donated.
+
+    Stages that differ in seed alone share one compiled program.
+    """
+    return _compiled_step(
+        model,
+        config.optimizer,
+        config.num_steps,
+        config.trainable,
+        config.accumulation_steps,
+        mesh,
+        num_groups,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_step(model, optimizer_config, num_steps, trainable, accumulation, mesh, num_groups):
+    decoder = Decoder(model, mesh, num_groups)
+    transformation = optimizer.make_optimizer(optimizer_config, num_steps, trainable)
+    schedule = optimizer.learning_rate_schedule(optimizer_config, num_steps)
+
+    def loss_of_part(params: Params, part: Any, total_weight: jax.Array, key: jax.Array):
+        """Loss of one part of the batch; the parts' losses and gradients add up."""
+        logits, sown = decoder.apply(
+            {"params": params},
+            part.inputs,
+            part.mask,
+            is_training=True,
+            mutable=["intermediates"],
+            rngs={"jitter": key},
+        )
+        tokens = losses.token_loss(logits, part.targets, part.weights)
+        metrics = moe_metrics(sown.get("intermediates", {}))
+        metrics = {name: value / accumulation for name, value in metrics.items()}
+        cross_entropy = tokens.cross_entropy / total_weight
+        loss = cross_entropy + metrics["auxiliary_loss"] + metrics["router_z_loss"]
+        metrics["cross_entropy"] = cross_entropy
+        metrics["token_accuracy"] = tokens.correct / total_weight
+        return loss, metrics
+
+    gradient = jax.value_and_grad(loss_of_part, has_aux=True)
+
+    def step(state: TrainState, batch: Any, seed: jax.Array):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        total_weight = jnp.maximum(batch.weights.sum(), 1.0)
+        if accumulation == 1:
+            (loss, metrics), grads = gradient(state.params, batch, total_weight, key)
+        else:
+            parts = jax.tree.map(
+                # Part i takes rows i, i + n, ...: each device keeps rows of every part.
+                lambda a: a.reshape(-1, accumulation, *a.shape[1:]).swapaxes(0, 1),
+                batch,
+            )
+
+            def add_part(carry: Any, indexed_part: Any):
+                index, part = indexed_part
+                out = gradient(
+                    state.params, part, total_weight, jax.random.fold_in(key, index)
+                )
+                return jax.tree.map(jnp.add, carry, out), None
+
+            indexed = (jnp.arange(accumulation), parts)
+            first = jax.tree.map(lambda a: a[0], indexed)
+            zeros = jax.tree.map(
+                lambda a: jnp.zeros(a.shape, a.dtype),
+                jax.eval_shape(gradient, state.params, first[1], total_weight, key),
+            )
+            ((loss, metrics), grads), _ = jax.lax.scan(add_part, zeros, indexed)
+        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
+        metrics |= {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
