@@ -120,3 +120,23 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
     return jax.tree.map(place, batch)
+
+
+def local_rows(batch: Any) -> Any:
+    """Returns this process's contiguous part of a batch that every process holds whole.
+
+    Raises:
+      InputError: If the rows do not divide evenly among the processes.
+    """
+    count, index = jax.process_count(), jax.process_index()
+
+    def part(array: np.ndarray) -> np.ndarray:
+        rows = len(array)
+        if rows % count:
+            raise InputError(
+                f"A batch must divide evenly among processes, got {rows} rows for {count}: choose "
+                "a multiple."
+            )
+        return array[index * rows // count : (index + 1) * rows // count]
+
+    return jax.tree.map(part, batch)

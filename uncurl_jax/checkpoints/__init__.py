@@ -1,0 +1,1 @@
+"""Checkpoints on disk: layout, saving and restoring, pruning, descriptions."""

@@ -31,6 +31,15 @@ def _names(path: tuple[Any, ...]) -> list[str]:
     return [str(entry.key) for entry in path]
 
 
+def trained_leaves(tree: Any, trainable: str) -> list[jax.Array]:
+    """Returns the leaves of a parameter-shaped tree that "all" or "router" training changes."""
+    return [
+        leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        if trainable == "all" or "router" in _names(path)
+    ]
+
+
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, trainable: str = "all"
 ) -> optax.GradientTransformation:

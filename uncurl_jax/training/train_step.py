@@ -167,7 +167,8 @@ def _compiled_step(model, optimizer_config, num_steps, trainable, accumulation, 
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)
         metrics |= {
             "loss": loss,
-            "gradient_norm": optax.global_norm(grads),
+            # Of what is trained alone, so that the compiler can leave out the other gradients.
+            "gradient_norm": optax.global_norm(optimizer.trained_leaves(grads, trainable)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,87 @@
+# uncurl_jax: `make help` lists what can be made. Everything installs into virtual environments
+# inside this directory, from the locks in requirements/.
+
+PYTHON ?= python3
+OUT ?= quickstart_out
+QUICKSTART_ARGS ?=
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+
+# Found once, when first needed; 3.11 or 3.12, or make stops with a sentence saying why not.
+EXE = $(eval EXE := $$(shell requirements/find_python "$(PYTHON)"))$(or $(EXE),$(error no usable Python))
+VERSION = $(eval VERSION := $$(shell $(EXE) -c 'import sys; print("%d%d" % sys.version_info[:2])'))$(VERSION)
+
+# One stamp per Python version: another version makes the environment anew.
+RUN_STAMP = .venv-run/uncurl_jax-py$(VERSION).stamp
+TEST_STAMP = .venv-test/uncurl_jax-py$(VERSION).stamp
+
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+.PHONY: help install quickstart test test-slow lint lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   train, prune and compare small models on this machine (minutes, CPU)"
+	@echo "                  OUT=$(OUT)  QUICKSTART_ARGS=..."
+	@echo "make install      .venv-run alone, what quickstart runs in"
+	@echo "make test         the tests, without the slow ones      PYTEST_ARGS=..."
+	@echo "make test-slow    the slow tests"
+	@echo "make lint         ruff, pyright, import-linter"
+	@echo "make lock         write requirements/py3*.txt again     LOCK_ARGS=--upgrade for new versions"
+	@echo "make clean        remove the virtual environments and caches"
+	@echo "PYTHON=...        Python 3.11 or 3.12; without it one of the two is looked for"
+
+install: $$(RUN_STAMP)
+
+quickstart: $$(RUN_STAMP)
+	.venv-run/bin/uncurl quickstart --out "$(OUT)" $(QUICKSTART_ARGS)
+
+test: $$(TEST_STAMP)
+	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $$(TEST_STAMP)
+	.venv-test/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $$(TEST_STAMP)
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
+	.venv-test/bin/lint-imports
+
+# $(1): directory, $(2): lock. --no-deps because a lock is complete and requirements/overrides.txt
+# replaces a package; every file is checked against its hash, and the checkout is installed with
+# the locked build backend.
+define install
+rm -rf $(1)
+$(EXE) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --no-deps --require-hashes -r $(2)
+$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+touch $@
+endef
+
+.venv-run/uncurl_jax-py%.stamp: requirements/py%.txt pyproject.toml
+	$(call install,.venv-run,$<)
+
+.venv-test/uncurl_jax-py%.stamp: requirements/py%-dev.txt pyproject.toml
+	$(call install,.venv-test,$<)
+
+.venv-lock/bin/uv:
+	$(EXE) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "uv>=0.13,<0.14"
+
+COMPILE = .venv-lock/bin/uv pip compile --quiet --no-python-downloads --generate-hashes \
+  --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+  --override requirements/overrides.txt $(LOCK_ARGS) pyproject.toml requirements/lock.in
+
+# The locks of development hold the same versions as those of running. Versions that still fit
+# stay, unless LOCK_ARGS=--upgrade.
+lock: .venv-lock/bin/uv
+	$(COMPILE) --python-version 3.11 -o requirements/py311.txt
+	$(COMPILE) --python-version 3.12 -o requirements/py312.txt
+	$(COMPILE) --python-version 3.11 --extra dev -c requirements/py311.txt -o requirements/py311-dev.txt
+	$(COMPILE) --python-version 3.12 --extra dev -c requirements/py312.txt -o requirements/py312-dev.txt
+
+clean:
+	rm -rf .venv-run .venv-test .venv-lock .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from uncurl_jax import artifacts
+from uncurl_jax.errors import InputError
+from uncurl_jax.experiments import report, report_page
+from uncurl_jax.pruning.plan import LayerPlan, PlanSource, PruningPlan
+
+MOE_LAYERS = (0, 2, 4)
+
+
+def make_run(kind, experts, score, *, task="rte", seed=0, source=None, method="uncurl", **others):
+    pruned = kind == "pruned"
+    run = {
+        "run": f"{task}-{kind}-{source}-{experts}-{method if pruned else ''}-{seed}",
+        "kind": kind,
+        "source_num_experts": source,
+        "num_experts": experts,
+        "num_experts_per_layer": [experts if i in MOE_LAYERS else 0 for i in range(6)],
+        "method": method if pruned else None,
+        "router": "reference" if pruned else None,
+        "task": task,
+        "seed": seed,
+        "score": score,
+        "interval": [score - 4.0, score + 4.0],
+        "metrics": {"accuracy": score},
+        "num_examples": 277,
+        "fraction_tokens_left_behind": 0.01,
+        "parameters": 354_000_000 + 100_000_000 * (experts - 1),
+        "active_parameters": 354_000_000,
+        "bytes": 4 * (354_000_000 + 100_000_000 * (experts - 1)),
+        "plan": None,
+        "seconds": {"finetune": 12.5},
+        "versions": {"jax": "0.10.2"},
+    }
+    return {**run, **others}
+
+
+def make_plan(num_experts=8, num_clusters=2, method="uncurl", task="rte"):
+    generator = np.random.default_rng(num_clusters)
+    layers = []
+    for layer in MOE_LAYERS:
+        labels = np.concatenate(
+            [np.arange(num_clusters), generator.integers(0, num_clusters, num_experts - num_clusters)]
+        )
+        labels[-1] = -1
+        sizes = np.bincount(labels[labels >= 0], minlength=num_clusters)
+        layers.append(
+            LayerPlan(
+                layer=layer,
+                num_experts=num_experts,
+                labels=tuple(labels),
+                reference=tuple(range(num_clusters)),
+                weights=tuple(0.0 if c < 0 else 1 / sizes[c] for c in labels),
+                selected=tuple(generator.integers(10, 1000, num_experts)),
+                cluster_sizes=tuple(sizes),
+                gate_factors=None,
+                expected_drop_fraction=0.08,
+                diagnostics={},
+                warnings=("layer 0 drops <8 %> of its tokens",) if layer == 0 else (),
+            )
+        )
+    source = PlanSource("c", "s", task, "train", 1000, (num_experts, 0) * 3, 1)
+    return PruningPlan(
+        method, "reference", "cosine", 0, True, False, 1.0, source, tuple(layers)
+    )
+
+
+def write_study(directory: Path, runs, plans=None, title="A small study") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        artifacts.append_json_line(directory / "runs.jsonl", run)
+    study = {"title": title, "device": "8 CPU devices", "versions": {"jax": "0.10.2"}, "config": {}}
+    artifacts.write_json(directory / "study.json", study)
+    for name, plan in (plans or {}).items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        plan.save(directory / name)
+    return directory
+
+
+def three_seeds(offset_to_scratch: float):
+    """8 experts unpruned at 70, 2 from scratch at 60, 8 -> 2 at 60 + offset; seeds shift all."""
+    runs = []
+    for seed, shift in enumerate((-1.0, 0.0, 1.5)):
+        runs += [
+            make_run("unpruned", 8, 70 + shift, seed=seed),
+            make_run("scratch", 2, 60 + shift, seed=seed),
+            make_run(
+                "pruned", 2, 60 + shift + offset_to_scratch + 0.1 * seed, seed=seed, source=8,
+                plan="plans/a.json",
+            ),
+        ]
+    return runs
+
+
+def test_a_prune_that_beats_scratch_on_three_seeds_is_the_threshold():
+    rows = report.summarize(three_seeds(2.0))
+    (finding,) = report.find_thresholds(rows)
+    assert finding["beneficial"]["status"] == "reached"
+    best = finding["beneficial"]["reached"]
+    assert best["factor"] == 4.0
+    # Differences 2.0, 2.1, 2.2: the seeds' common shift cancels in the pairing.
+    assert best["gap"]["mean"] == pytest.approx(2.1)
+    assert best["gap"]["interval"] == pytest.approx([2.0, 2.2])
+    assert finding["lossless"]["status"] == "not_reached"
+    assert "rte: 4 times (8 → 2 experts)" in report_page.headline([finding])
+
+
+def test_a_prune_that_loses_to_scratch_is_not_a_threshold():
+    (finding,) = report.find_thresholds(report.summarize(three_seeds(-2.0)))
+    assert finding["beneficial"] == {"status": "not_reached", "reached": None}
+    assert "at none of the sizes tried" in report_page.headline([finding])
+    assert "closest is 8 → 2 experts" in report_page.sentences(finding)[0]
+
+
+def test_a_margin_forgives_a_small_gap():
+    rows = report.summarize(three_seeds(-0.5))
+    (finding,) = report.find_thresholds(rows, margin=1.0)
+    assert finding["beneficial"]["status"] == "reached"
+
+
+def test_a_prune_within_a_point_of_unpruned_is_lossless():
+    (finding,) = report.find_thresholds(report.summarize(three_seeds(9.5)))
+    assert finding["lossless"]["status"] == "reached"
+    assert finding["lossless"]["reached"]["drop"]["mean"] == pytest.approx(0.4)
+
+
+def test_two_seeds_are_too_few_to_say_anything():
+    runs = [run for run in three_seeds(5.0) if run["seed"] < 2]
+    (finding,) = report.find_thresholds(report.summarize(runs))
+    assert finding["beneficial"] == {"status": "too_few_seeds", "reached": None}
+    assert report_page.headline([finding]).startswith("Too few seeds to say")
+    assert "2 seeds in common with a model from scratch" in report_page.sentences(finding)[0]
+
+
+def test_seeds_that_do_not_match_are_not_paired():
+    runs = [run for run in three_seeds(5.0) if run["kind"] != "scratch"]
+    runs.append(make_run("scratch", 2, 60.0, seed=7))
+    (finding,) = report.find_thresholds(report.summarize(runs))
+    assert finding["beneficial"]["status"] == "nothing_to_compare"
+    assert "cannot be said" in report_page.sentences(finding)[0]
+
+
+def test_the_larger_of_two_factors_that_hold_is_the_threshold():
+    runs = three_seeds(2.0)
+    for seed in range(3):
+        runs.append(make_run("scratch", 4, 62.0, seed=seed))
+        runs.append(make_run("pruned", 4, 68.0, seed=seed, source=8))
+    (finding,) = report.find_thresholds(report.summarize(runs))
+    assert finding["beneficial"]["reached"]["num_experts"] == 2
+
+
+def test_a_row_holds_the_mean_and_students_interval_over_seeds():
+    scores = [61.0, 63.0, 68.0]
+    rows = report.summarize(make_run("unpruned", 8, s, seed=i) for i, s in enumerate(scores))
+    expected = stats.t.interval(0.95, 2, np.mean(scores), stats.sem(scores))
+    assert rows[0]["score"] == pytest.approx(64.0)
+    assert rows[0]["interval"] == pytest.approx(list(expected))
+    assert rows[0]["interval_over"] == "seeds"
+
+
+def test_a_single_seed_keeps_the_interval_of_its_examples():
+    (row,) = report.summarize([make_run("unpruned", 8, 70.0)])
+    assert (row["interval"], row["interval_over"]) == ([66.0, 74.0], "examples")
+    assert "66.00 to 74.00*" in report.format_table([row])
+
+
+def test_two_runs_of_one_model_and_seed_are_refused():
+    runs = [make_run("unpruned", 8, 70.0), make_run("unpruned", 8, 71.0, run="again")]
+    with pytest.raises(InputError, match="one run per model and seed"):
+        report.summarize(runs)
+
+
+def test_the_table_has_one_aligned_line_per_row():
+    table = report.format_table(report.summarize(three_seeds(2.0))).splitlines()
+    assert len(table) == 2 + 3
+    assert table[0].split()[:5] == ["task", "model", "method", "router", "experts"]
+    assert "1.05B" in table[2] and "4.22 GB" in table[2]
+    assert len({line.index("reference") for line in table if "reference" in line}) == 1
+    assert "8 → 2" in table[4] and "1.0 %" in table[4]
+
+
+def test_the_report_holds_headline_rows_and_a_page_that_fetches_nothing(tmp_path):
+    plans = {"plans/a.json": make_plan()}
+    directory = write_study(tmp_path, three_seeds(2.0), plans, title="A <b>study</b>")
+    result = report.write_report(directory)
+    assert json.loads((directory / "report.json").read_text()) == result
+    assert result["num_runs"] == 9 and len(result["rows"]) == 3
+    assert result["plans_shown"]["rte"]["plan"] == "plans/a.json"
+    page = (directory / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "A &lt;b&gt;study&lt;/b&gt;" in page and "<b>" not in page
+    assert "drops &lt;8 %&gt;" in page
+    assert page.count("<svg") == page.count("</svg>") == 4
+    for forbidden in ("http:", "https:", "<script", "src=", "@import", "//", "url(data", str(tmp_path)):
+        assert forbidden not in page, forbidden
+
+
+def test_equal_input_gives_equal_bytes(tmp_path):
+    pages = []
+    for name in ("one", "two"):
+        directory = write_study(tmp_path / name, three_seeds(2.0), {"plans/a.json": make_plan()})
+        report.write_report(directory)
+        pages.append((directory / "report.html").read_bytes() + (directory / "report.json").read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_a_study_without_pruned_models_is_reported_too(tmp_path):
+    result = report.write_report(write_study(tmp_path, [make_run("unpruned", 8, 70.0)]))
+    assert result["headline"].startswith("No pruned model was run")
+    assert result["plans_shown"] == {}
+
+
+def test_a_missing_or_empty_runs_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="must have a runs.jsonl"):
+        report.write_report(tmp_path)
+    (tmp_path / "runs.jsonl").touch()
+    with pytest.raises(InputError, match="at least one run, got none"):
+        report.write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "high"}, "score must be int or float, got 'high'"),
+        ({"score": None}, "score must be int or float, got None"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"kind": "shrunk"}, "kind must be one of unpruned, scratch, pruned"),
+        ({"kind": "pruned", "source_num_experts": None}, "source_num_experts must be int, got None"),
+        ({"interval": [1.0]}, r"interval must be \[low, high\]"),
+        ({"plan": 3}, "plan must be a path or null"),
+    ],
+)
+def test_a_malformed_run_is_refused_by_file_and_line(tmp_path, change, message):
+    runs = [make_run("unpruned", 8, 70.0), {**make_run("unpruned", 4, 70.0), **change}]
+    directory = write_study(tmp_path, runs)
+    with pytest.raises(InputError, match=f"runs.jsonl:2: {message}"):
+        report.write_report(directory)
+    assert not (directory / "report.html").exists()
+
+
+def test_a_line_that_is_no_json_or_no_object_or_repeated_is_refused(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text("[1]\n")
+    with pytest.raises(InputError, match=r"runs.jsonl:1: a run must be a JSON object"):
+        report.load_runs(path)
+    path.write_text("{oops\n")
+    with pytest.raises(InputError, match=r"runs.jsonl:1 must be a JSON object"):
+        report.load_runs(path)
+    line = json.dumps(make_run("unpruned", 8, 70.0)) + "\n"
+    path.write_text(line + line)
+    with pytest.raises(InputError, match="again after line 1"):
+        report.load_runs(path)
+
+
+def test_a_score_that_is_not_finite_is_refused(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(make_run("unpruned", 8, float("nan"))) + "\n")
+    with pytest.raises(InputError, match="score must be finite, got nan"):
+        report.load_runs(path)
+
+
+def test_a_plan_that_is_missing_or_a_study_without_title_is_refused(tmp_path):
+    directory = write_study(tmp_path / "a", three_seeds(2.0))
+    with pytest.raises(InputError, match=r"does not exist: .*a\.json"):
+        report.write_report(directory)
+    artifacts.write_json(directory / "study.json", {})
+    with pytest.raises(InputError, match="must hold an object with a title"):
+        report.write_report(directory)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (1000, "1K"), (354_000_000, "354M"), (1_050_000_000, "1.05B")],
+)
+def test_counts_are_written_with_three_figures(value, text):
+    assert report_page.format_count(value) == text

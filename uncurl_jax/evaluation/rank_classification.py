@@ -1,0 +1,110 @@
+"""Scores answer options by their log-likelihood after the prompt, and picks the best."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from uncurl_jax.checkpoints.model import LoadedModel
+from uncurl_jax.config import ModelConfig
+from uncurl_jax.data.token_cache import Batch
+from uncurl_jax.models.decoder import Decoder, moe_metrics
+from uncurl_jax.partitioning import TOKEN_AXES, axis_size, local_rows, place_batch, replicated
+
+
+class RowScores(NamedTuple):
+    """Log-likelihoods of token rows.
+
+    Attributes:
+      log_likelihood: [row] float64, nats, summed over each row's target tokens.
+      num_tokens: [row] float64, target tokens per row.
+      fraction_tokens_left_behind: tokens that no expert took, averaged over MoE layers and
+        weighted by tokens over batches.
+    """
+
+    log_likelihood: np.ndarray
+    num_tokens: np.ndarray
+    fraction_tokens_left_behind: float
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_scores(config: ModelConfig, mesh: Mesh | None) -> Any:
+    decoder = Decoder(config, mesh)
+
+    def scores(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        logits, sown = decoder.apply(
+            {"params": params}, batch.inputs, batch.mask, mutable=["intermediates"]
+        )
+        target_logits = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+        log_probability = target_logits - jax.nn.logsumexp(logits, axis=-1)
+        left_behind = moe_metrics(sown.get("intermediates", {}))["fraction_tokens_left_behind"]
+        return {
+            "log_likelihood": jnp.sum(log_probability * batch.weights, axis=-1),
+            "num_tokens": batch.weights.sum(axis=-1),
+            "left_behind": left_behind,
+        }
+
+    return jax.jit(scores, out_shardings=None if mesh is None else replicated(mesh))
+
+
+def score_rows(
+    model: LoadedModel,
+    batches: Iterable[tuple[Batch, np.ndarray]],
+    *,
+    num_rows: int,
+    num_batches: int | None = None,
+    quiet: bool = False,
+) -> RowScores:
+    """Scores rows of a token cache.
+
+    Args:
+      model: what to run, with the evaluation capacity factor of its configuration.
+      batches: (batch, row ids [b] int, -1 where a row is filling); whole in every process.
+      num_rows: rows of the cache.
+      num_batches: for the progress bar.
+      quiet: no progress bar.
+
+    Returns:
+      Scores of every row; rows that no batch held are NaN with 0 tokens.
+    """
+    log_likelihood = np.full(num_rows, np.nan)
+    num_tokens = np.zeros(num_rows)
+    left_behind = total = 0.0
+    compiled = _compiled_scores(model.config, model.mesh)
+    bar = tqdm(
+        batches,
+        total=num_batches,
+        desc="evaluate",
+        unit="batch",
+        file=sys.stderr,
+        disable=quiet or jax.process_index() != 0,
+        mininterval=1.0,
+    )
+    for batch, rows in bar:
+        out = jax.device_get(compiled(model.params, _place(batch, model.mesh)))
+        is_row = rows >= 0
+        log_likelihood[rows[is_row]] = out["log_likelihood"][is_row]
+        num_tokens[rows[is_row]] = out["num_tokens"][is_row]
+        weight = float(batch.mask.sum())
+        left_behind += float(out["left_behind"]) * weight
+        total += weight
+    return RowScores(log_likelihood, num_tokens, left_behind / max(total, 1.0))
+
+
+def _place(batch: Batch, mesh: Mesh | None) -> Any:
+    return place_batch(batch if mesh is None else local_rows(batch), mesh)
+
+
+def examples_that_divide(examples_per_batch: int, mesh: Mesh | None) -> int:
+    """Rounds up to a multiple of the devices that hold tokens."""
+    shards = axis_size(mesh, TOKEN_AXES) if mesh is not None else 1
+    return -(-examples_per_batch // shards) * shards
+

@@ -1,0 +1,129 @@
+"""Merging: the weighted mean of each cluster's aligned experts. Axes: expert, cluster, mlp."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from uncurl_jax.errors import InputError
+from uncurl_jax.pruning.alignment import Experts, permute_hidden, select_expert
+
+
+def normalized_weights(labels: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Returns each expert's share of its cluster's mass: what merging weighs it with.
+
+    Args:
+      labels: [expert] int, -1 for dropped experts.
+      mass: [expert] >= 0, for UNCURL how often the task's tokens selected the expert.
+
+    Returns:
+      [expert] float32, summing to 1 inside each cluster (equal shares where the cluster's mass is
+      0), 0 for dropped experts.
+    """
+    labels, mass = np.asarray(labels), np.asarray(mass, np.float64)
+    weights = np.zeros(len(labels), np.float32)
+    for cluster in np.unique(labels[labels >= 0]):
+        members = labels == cluster
+        share = mass[members]
+        total = np.sort(share).sum()  # sorted: the same bits however the members are numbered
+        weights[members] = share / total if total > 0 else 1.0 / len(share)
+    return weights
+
+
+def merge_arrays(array: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the weighted mean of each cluster's entries of one array.
+
+    Computed in float32 as x_first + sum_z w_z (x_z - x_first), so equal members give exactly
+    themselves, and cast back. A cluster of one is copied bit for bit.
+
+    Args:
+      array: [expert, ...] float, members aligned already.
+      labels: [expert] int in [-1, cluster); -1 is left out.
+      weights: [expert] float32, summing to 1 inside each cluster.
+
+    Returns:
+      [cluster, ...] in the dtype of `array`.
+
+    Raises:
+      InputError: If a cluster has no member.
+    """
+    labels, weights = np.asarray(labels), np.asarray(weights, np.float32)
+    clusters = _members(labels, len(array))
+    result = np.empty((len(clusters), *array.shape[1:]), array.dtype)
+    for cluster, members in enumerate(clusters):
+        if len(members) == 1:
+            result[cluster] = array[members[0]]
+        else:
+            result[cluster] = _mean([array[z] for z in members], weights[members], array.dtype)
+    return result
+
+
+def merge_experts(
+    experts: Experts,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    *,
+    permutations: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Merges the experts of each cluster into one (Algorithm 1, line 16, of arXiv 2409.01483).
+
+    Args:
+      experts: one layer's arrays with a leading [expert] axis.
+      labels: [expert] int in [-1, cluster); -1 drops the expert.
+      weights: [expert] float32 >= 0, summing to 1 inside each cluster.
+      permutations: [expert, mlp] int from `align_clusters`; None merges without aligning.
+
+    Returns:
+      The same names with a leading [cluster] axis, in the dtypes of the inputs. Clusters of one
+      are copied bit for bit.
+
+    Raises:
+      InputError: If a cluster has no member, or labels, weights or permutations do not fit.
+    """
+    labels, weights = np.asarray(labels), np.asarray(weights, np.float32)
+    clusters = _members(labels, len(experts["wi"]))
+    if weights.shape != labels.shape:
+        raise InputError(
+            f"Merging needs one weight per expert, got {weights.shape} for {len(labels)} experts."
+        )
+    merged = {
+        name: np.empty((len(clusters), *array.shape[1:]), array.dtype)
+        for name, array in experts.items()
+    }
+    for cluster, members in enumerate(clusters):
+        aligned = [select_expert(experts, z) for z in members]
+        if permutations is not None and len(members) > 1:
+            aligned = [
+                permute_hidden(e, permutations[z]) for e, z in zip(aligned, members, strict=True)
+            ]
+        for name, array in merged.items():
+            if len(members) == 1:
+                array[cluster] = aligned[0][name]
+            else:
+                parts = [expert[name] for expert in aligned]
+                array[cluster] = _mean(parts, weights[members], array.dtype)
+    return merged
+
+
+def _mean(parts: list[np.ndarray], weights: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    first = parts[0].astype(np.float32)
+    change = np.zeros_like(first)
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        change += weight * (part.astype(np.float32) - first)
+    return (first + change).astype(dtype)
+
+
+def _members(labels: np.ndarray, num_experts: int) -> list[np.ndarray]:
+    """Returns the members of each cluster, rising."""
+    if labels.shape != (num_experts,):
+        raise InputError(
+            f"Merging needs one label per expert, got {labels.shape} for {num_experts} experts."
+        )
+    num_clusters = int(labels.max(initial=-1)) + 1
+    clusters = [np.flatnonzero(labels == cluster) for cluster in range(num_clusters)]
+    empty = [cluster for cluster, members in enumerate(clusters) if not len(members)]
+    if empty or not clusters:
+        raise InputError(
+            f"Every cluster in [0, {num_clusters}) needs a member, got none in {empty}: labels "
+            "must cover 0..D-1 with at least one cluster."
+        )
+    return clusters

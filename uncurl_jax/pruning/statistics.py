@@ -1,0 +1,398 @@
+"""Additive router statistics: what one pass over a task leaves behind, per MoE layer.
+
+Axes: batch, length, token (batch and length merged), expert (Z), topk. Every field is a sum over
+tokens, so statistics of disjoint sets of tokens add up to those of their union: over batches, over
+devices (a sharded sum under `jax.jit`) and over hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import uncurl_jax
+from uncurl_jax import artifacts
+from uncurl_jax.errors import InputError
+
+FORMAT = "uncurl_jax router statistics"
+FORMAT_VERSION = 1
+_ADDITIVE_KEYS = ("tokens", "batches")
+_REQUIRED_KEYS = (
+    "checkpoint_hash",
+    "num_experts",
+    "num_selected_experts",
+    "task",
+    "split",
+    "vocabulary_hash",
+    "seed",
+    "versions",
+)
+
+
+class LayerStatistics(NamedTuple):
+    """Sums over the real (non-padding) tokens that one MoE layer saw.
+
+    float32 jax arrays where a model computes them, float64 numpy arrays once accumulated. With
+    h = router logits [expert] and p = softmax(h) of a token:
+
+    Attributes:
+      tokens: [] number of tokens.
+      gram: [expert, expert] sum of h h^T.
+      logit_sum: [expert] sum of h.
+      selected: [expert] how often the expert was among the top-k, before capacity drops.
+      kept: [expert] the same after capacity drops.
+      gate_mass: [expert] sum of the gates of the tokens that selected the expert, before drops.
+      prob_mass: [expert] sum of p.
+      coactivation: [expert, expert] tokens that selected both; its diagonal is `selected`.
+      routed_prob: [expert, expert] row i is the sum of p over the tokens that selected expert i;
+        gate compensation predicts the gates after a merge from it.
+    """
+
+    tokens: Any
+    gram: Any
+    logit_sum: Any
+    selected: Any
+    kept: Any
+    gate_mass: Any
+    prob_mass: Any
+    coactivation: Any
+    routed_prob: Any
+
+
+_RANKS = {"tokens": 0, "gram": 2, "coactivation": 2, "routed_prob": 2}
+
+
+def layer_statistics(
+    logits: jax.Array,
+    expert_index: jax.Array,
+    gate: jax.Array,
+    is_kept: jax.Array,
+    mask: jax.Array,
+) -> LayerStatistics:
+    """Reduces one batch's routing to sums; works under `jax.jit` and on sharded arrays.
+
+    Matrix products run at the highest precision, since TPUs and GPUs otherwise round the inputs
+    to bfloat16 or TF32. Counts are exact up to 2**24 tokens a batch.
+
+    Args:
+      logits: [batch, length, expert] router logits without jitter.
+      expert_index: [batch, length, topk] int, selected experts, before capacity drops.
+      gate: [batch, length, topk] gates of the selected experts, before capacity drops.
+      is_kept: [batch, length, topk] bool, False where the capacity dropped the assignment.
+      mask: [batch, length] bool, True on real tokens; others add nothing, even when not finite.
+
+    Returns:
+      LayerStatistics of float32 arrays.
+    """
+    num_experts, num_selected = logits.shape[-1], expert_index.shape[-1]
+    is_token = mask.reshape(-1).astype(bool)  # [token]
+    h = jnp.where(is_token[:, None], logits.reshape(-1, num_experts).astype(jnp.float32), 0.0)
+    p = jnp.where(is_token[:, None], jax.nn.softmax(h, axis=-1), 0.0)
+    # [token, topk, expert]
+    choice = jax.nn.one_hot(expert_index.reshape(-1, num_selected), num_experts, dtype=jnp.float32)
+    choice = choice * is_token[:, None, None]
+    gates = jnp.where(is_token[:, None], gate.reshape(-1, num_selected).astype(jnp.float32), 0.0)
+    kept = is_kept.reshape(-1, num_selected).astype(jnp.float32)
+    is_selected = choice.sum(axis=1)  # [token, expert]
+
+    def outer(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.einsum("ti,tj->ij", left, right, precision=jax.lax.Precision.HIGHEST)
+
+    return LayerStatistics(
+        tokens=is_token.sum(dtype=jnp.float32),
+        gram=outer(h, h),
+        logit_sum=h.sum(axis=0),
+        selected=is_selected.sum(axis=0),
+        kept=(choice * kept[:, :, None]).sum(axis=(0, 1)),
+        gate_mass=(choice * gates[:, :, None]).sum(axis=(0, 1)),
+        prob_mass=p.sum(axis=0),
+        coactivation=outer(is_selected, is_selected),
+        routed_prob=outer(is_selected, p),
+    )
+
+
+def add_layers(
+    left: Mapping[int, LayerStatistics], right: Mapping[int, LayerStatistics]
+) -> dict[int, LayerStatistics]:
+    """Adds two passes' statistics layer by layer, in float64."""
+    return {
+        layer: LayerStatistics(
+            *(
+                np.add(a, b, dtype=np.float64)
+                for a, b in zip(left[layer], right[layer], strict=True)
+            )
+        )
+        for layer in sorted(left)
+    }
+
+
+def zero_layers(num_experts: Iterable[int]) -> dict[int, LayerStatistics]:
+    """Returns all-zero float64 statistics for the layers with experts (count > 0)."""
+    return {
+        layer: LayerStatistics(
+            *(np.zeros((count,) * _RANKS.get(name, 1)) for name in LayerStatistics._fields)
+        )
+        for layer, count in enumerate(num_experts)
+        if count
+    }
+
+
+def make_manifest(
+    *,
+    checkpoint_hash: str,
+    num_experts: Iterable[int],
+    num_selected_experts: int,
+    task: str,
+    split: str,
+    vocabulary_hash: str,
+    seed: int,
+    **more: Any,
+) -> dict[str, Any]:
+    """Says where statistics come from: the manifest that `calibrate` takes.
+
+    Args:
+      checkpoint_hash: fingerprint of the checkpoint that was observed.
+      num_experts: experts of every layer, 0 for a dense one (`ModelConfig.num_experts`).
+      num_selected_experts: top-k.
+      task: name of the task.
+      split: its split, "train" for UNCURL.
+      vocabulary_hash: hash of the vocabulary that tokenised it.
+      seed: seed of the order of the batches.
+      **more: further JSON values to record; they too must agree when statistics are added.
+
+    Returns:
+      A JSON-compatible dict, with the versions of the packages that compute the sums.
+    """
+    return {
+        "checkpoint_hash": checkpoint_hash,
+        "num_experts": [int(count) for count in num_experts],
+        "num_selected_experts": int(num_selected_experts),
+        "task": task,
+        "split": split,
+        "vocabulary_hash": vocabulary_hash,
+        "seed": int(seed),
+        "versions": {
+            "uncurl_jax": uncurl_jax.__version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+        },
+        **more,
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RouterStatistics:
+    """The statistics of every MoE layer and where they come from.
+
+    Attributes:
+      layers: layer index -> LayerStatistics of float64 numpy arrays, MoE layers only.
+      manifest: JSON-compatible dict: `make_manifest`'s keys and "tokens", "batches" (so far) and
+        "is_complete" (False in the partial file of an interrupted calibration).
+    """
+
+    layers: dict[int, LayerStatistics]
+    manifest: dict[str, Any]
+
+    def __post_init__(self):
+        require_manifest(self.manifest)
+        manifest = json.loads(json.dumps(self.manifest))
+        layers = {
+            int(layer): LayerStatistics(*(np.asarray(field, np.float64) for field in fields))
+            for layer, fields in sorted(self.layers.items())
+        }
+        check_layers(layers, manifest["num_experts"])
+        if layers and not any(float(fields.tokens) for fields in layers.values()):
+            raise InputError(
+                f"Statistics must hold at least one token, got 0 on task {manifest['task']!r}: "
+                "give calibration batches with real tokens."
+            )
+        manifest["tokens"] = int(next(iter(layers.values())).tokens) if layers else 0
+        manifest.setdefault("batches", 0)
+        manifest.setdefault("is_complete", True)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "manifest", manifest)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, padding excluded."""
+        return self.manifest["tokens"]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest and of every array's bytes."""
+        return artifacts.sha256_of_json(
+            {
+                "manifest": self.manifest,
+                "arrays": {
+                    name: artifacts.sha256_of_bytes(np.ascontiguousarray(array, "<f8").tobytes())
+                    for name, array in self._arrays().items()
+                },
+            }
+        )
+
+    def __add__(self, other: RouterStatistics) -> RouterStatistics:
+        """Adds statistics of other tokens under the same model and task.
+
+        Raises:
+          InputError: If the manifests disagree in anything but tokens, batches and is_complete.
+        """
+        require_same_source(self.manifest, other.manifest)
+        manifest = {
+            **self.manifest,
+            "batches": self.manifest["batches"] + other.manifest["batches"],
+            "is_complete": self.manifest["is_complete"] and other.manifest["is_complete"],
+        }
+        return RouterStatistics(add_layers(self.layers, other.layers), manifest)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one .npz file atomically; the same statistics give the same bytes."""
+        header = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "hash": self.hash,
+            "manifest": self.manifest,
+        }
+        text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
+        arrays: dict[str, Any] = {"header": text, **self._arrays()}
+        with artifacts.atomic_file(path) as partial, partial.open("wb") as stream:
+            np.savez(stream, **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RouterStatistics:
+        """Reads what `save` wrote.
+
+        Raises:
+          InputError: If the file is missing, not router statistics, of another format version,
+            damaged, not finite (naming layer and expert) or without tokens.
+        """
+        path = Path(path)
+        header, arrays = _read_npz(path)
+        if header.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"{path} must be of format version {FORMAT_VERSION}, got "
+                f"{header.get('format_version')}: calibrate again with this version."
+            )
+        layers: dict[int, dict[str, np.ndarray]] = {}
+        for name, array in arrays.items():
+            layer, _, field = name.removeprefix("layers_").partition("/")
+            layers.setdefault(int(layer), {})[field] = array
+        try:
+            built = {layer: LayerStatistics(**fields) for layer, fields in layers.items()}
+        except TypeError as error:
+            raise InputError(
+                f"{path} must hold every statistic, got {error}: it is damaged."
+            ) from None
+        try:
+            statistics = cls(built, header["manifest"])
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        if statistics.hash != header.get("hash"):
+            raise InputError(
+                f"{path} must match the hash stored in it, got another content: calibrate again."
+            )
+        return statistics
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {
+            f"layers_{layer}/{name}": array
+            for layer, fields in self.layers.items()
+            for name, array in fields._asdict().items()
+        }
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the header and the other arrays of a statistics file, or raises InputError."""
+    if not path.is_file():
+        raise InputError(f"A router statistics file must exist, got {path}: run calibration first.")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        if header["format"] != FORMAT:
+            raise ValueError(header["format"])
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile):
+        raise InputError(
+            f"{path} must be a whole router statistics file (.npz written by calibration), got "
+            "something else: run calibration again."
+        ) from None
+    return header, arrays
+
+
+def require_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises InputError if a manifest lacks one of `make_manifest`'s keys."""
+    missing = [key for key in _REQUIRED_KEYS if key not in manifest]
+    if missing:
+        raise InputError(
+            f"A statistics manifest must hold {', '.join(_REQUIRED_KEYS)}, got none of "
+            f"{', '.join(missing)}: build it with make_manifest."
+        )
+
+
+def require_same_source(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    """Raises InputError unless two manifests describe the same model, task and versions."""
+    ignored = {*_ADDITIVE_KEYS, "is_complete"}
+    keys = sorted((set(left) | set(right)) - ignored)
+    differing = [key for key in keys if left.get(key) != right.get(key)]
+    if differing:
+        key = differing[0]
+        raise InputError(
+            f"Statistics can be combined only if their manifests agree, got {key} "
+            f"{left.get(key)!r} and {right.get(key)!r} (all that differ: {', '.join(differing)}): "
+            "calibrate both with the same checkpoint, task and versions."
+        )
+
+
+def check_layers(
+    layers: Mapping[int, LayerStatistics], num_experts: Iterable[int], where: str = ""
+) -> None:
+    """Checks layers, shapes and finiteness of host statistics.
+
+    Args:
+      layers: layer index -> LayerStatistics of numpy arrays.
+      num_experts: experts of every layer, 0 for a dense one.
+      where: appended to the message, for instance " in batch 3".
+
+    Raises:
+      InputError: If the layers are not exactly the MoE layers, a shape does not fit or a value is
+        not finite (naming layer and expert).
+    """
+    expected = {layer: count for layer, count in enumerate(num_experts) if count}
+    if set(layers) != set(expected):
+        raise InputError(
+            f"Statistics must cover the MoE layers {sorted(expected)}, got layers "
+            f"{sorted(layers)}{where}: observe the model that the manifest describes."
+        )
+    for layer, fields in layers.items():
+        for name, array in fields._asdict().items():
+            shape = (expected[layer],) * _RANKS.get(name, 1)
+            if array.shape != shape:
+                raise InputError(
+                    f"Statistic {name} of layer {layer} must have shape {shape}, got "
+                    f"{array.shape}{where}: observe the model that the manifest describes."
+                )
+        _check_finite(layer, fields, where)
+
+
+def _check_finite(layer: int, fields: LayerStatistics, where: str) -> None:
+    for name, array in fields._asdict().items():
+        is_bad = ~np.isfinite(array)
+        if is_bad.any():
+            # A bad expert spoils its whole row, and only one entry of every other row.
+            expert = (
+                int(is_bad.reshape(len(fields.selected), -1).sum(axis=1).argmax())
+                if is_bad.ndim
+                else 0
+            )
+            raise InputError(
+                f"Router statistics must be finite, got NaN or infinity in {name} of layer "
+                f"{layer}, expert {expert}{where}: check the checkpoint's router and activations."
+            )

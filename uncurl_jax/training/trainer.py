@@ -1,0 +1,329 @@
+"""The training loop: one stage from a token cache to a checkpoint, resumable, with metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from uncurl_jax import __version__
+from uncurl_jax.artifacts import append_json_line, atomic_file, read_json, read_json_lines, write_json
+from uncurl_jax.checkpoints import layout, store
+from uncurl_jax.checkpoints.model import load_model
+from uncurl_jax.config import ModelConfig, TrainConfig
+from uncurl_jax.data.token_cache import TokenCache, bucket_length
+from uncurl_jax.errors import InputError
+from uncurl_jax.models.decoder import count_parameters, init_params
+from uncurl_jax.partitioning import make_mesh, place_batch
+from uncurl_jax.training import throughput, train_step
+
+_RUN_FILE = "train_config.json"
+_SUMMARY_FILE = "train_summary.json"
+_METRICS_FILE = "metrics.jsonl"
+
+
+class TrainResult(NamedTuple):
+    """What a finished stage leaves.
+
+    Attributes:
+      checkpoint: directory of the checkpoint.
+      step: its step.
+      metrics: the last metrics written.
+      seconds: wall time of this call.
+      tokens: real tokens trained on, by the whole stage.
+    """
+
+    checkpoint: Path
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+    tokens: int
+
+
+class _Run(NamedTuple):
+    """The stage after its inputs were checked."""
+
+    config: TrainConfig
+    model: ModelConfig
+    cache: TokenCache
+    length: int
+    initial: layout.CheckpointPath | None
+    record: dict[str, Any]
+    out: Path
+
+
+def is_finished(out: str | os.PathLike[str]) -> bool:
+    """Whether a stage in this directory has run to its end."""
+    return (Path(out) / _SUMMARY_FILE).exists()
+
+
+def train(
+    config: TrainConfig,
+    *,
+    cache: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    initial_checkpoint: str | os.PathLike[str] | None = None,
+    stop_after_step: int | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Trains one stage: pretraining, router-only warm-up or fine-tuning.
+
+    An unfinished stage in `out` with the same configuration and inputs goes on from its latest
+    checkpoint and gives the losses that an uninterrupted run gives.
+
+    Args:
+      config: what to do; `config.model` must be set unless there is an initial checkpoint.
+      cache: token cache of the training split.
+      out: checkpoint directory, with train_config.json, metrics.jsonl, tensorboard/ and, once
+        finished, train_summary.json beside the checkpoints.
+      initial_checkpoint: parameters to begin with; the optimizer begins fresh.
+      stop_after_step: stop early after a checkpoint at this step, as a preemption would.
+      quiet: no progress bar.
+
+    Returns:
+      The result, of the part that ran.
+
+    Raises:
+      InputError: If the inputs do not fit together, or `out` holds something else.
+      RuntimeError: If the loss stops being finite.
+    """
+    run = _check(config, Path(cache), Path(out), initial_checkpoint)
+    mesh = make_mesh(
+        expert_partitions=config.expert_partitions, model_partitions=config.model_partitions
+    )
+    mesh = mesh if mesh.size > 1 else None
+    is_first_process = jax.process_index() == 0
+    with store.CheckpointStore(
+        run.out,
+        model_config=run.model,
+        provenance=run.record["provenance"],
+        vocabulary=run.record["vocabulary"],
+        max_to_keep=config.max_to_keep,
+    ) as checkpoints:
+        if is_first_process:
+            write_json(run.out / _RUN_FILE, run.record)
+        state = _first_state(run, mesh, checkpoints.latest_step())
+        result = _loop(run, state, mesh, checkpoints, stop_after_step, quiet)
+    if is_first_process and result.step == config.num_steps:
+        summary = {
+            "checkpoint": f"checkpoint_{result.step}",
+            "step": result.step,
+            "tokens": result.tokens,
+            "seconds_of_last_call": result.seconds,
+            "metrics": result.metrics,
+            "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        }
+        write_json(run.out / _SUMMARY_FILE, summary)
+    return result
+
+
+def _check(
+    config: TrainConfig, cache_path: Path, out: Path, initial: str | os.PathLike[str] | None
+) -> _Run:
+    """Checks everything that can be wrong before any work, and writes nothing."""
+    cache = TokenCache.open(cache_path)
+    initial_path = None
+    model = config.model
+    provenance: dict[str, Any] = {
+        "created_by": f"uncurl_jax {__version__}",
+        "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        "token_cache": {"task": cache.task, "hash": cache.hash},
+    }
+    if initial is not None:
+        initial_path = layout.resolve(initial)
+        model = initial_path.model_config()
+        if config.model is not None and config.model != model:
+            raise InputError(
+                f"config.model must be that of the initial checkpoint, got another than "
+                f"{initial_path}: leave config.model out, or train from scratch."
+            )
+        cache.check_vocabulary(initial_path.vocabulary()["hash"])
+        provenance["source"] = {
+            "path": str(initial_path),
+            "fingerprint": layout.fingerprint(initial_path),
+            "provenance": initial_path.provenance(),
+        }
+    if model is None:
+        raise InputError(
+            "A stage needs an architecture, got neither config.model nor a checkpoint: bind "
+            "TrainConfig.model or pass --checkpoint."
+        )
+    vocabulary = cache.manifest["vocabulary"]
+    if vocabulary["size"] > model.vocab_size:
+        raise InputError(
+            f"model.vocab_size must be at least the vocabulary's size, got {model.vocab_size} for "
+            f"{vocabulary['name']} with {vocabulary['size']}: set ModelConfig.vocab_size."
+        )
+    length = config.length or min(bucket_length(cache.max_row_length), model.max_length)
+    if not cache.max_row_length <= length <= model.max_length:
+        raise InputError(
+            f"Rows of up to {cache.max_row_length} tokens must fit length={length} and "
+            f"the model's max_length={model.max_length}, got cache {cache_path}: build the cache "
+            "with a smaller --max_length or raise TrainConfig.length."
+        )
+    # The configuration as given; the model is recorded apart because it may come from a checkpoint.
+    settings = dataclasses.asdict(dataclasses.replace(config, model=None))
+    record = {
+        "train_config": settings,
+        "model_config": model.to_dict(),
+        "length": length,
+        "vocabulary": vocabulary,
+        "provenance": provenance,
+    }
+    record = json.loads(json.dumps(record))
+    if is_finished(out):
+        raise InputError(
+            f"An output must not exist yet, got a finished run in {out}: choose another --out."
+        )
+    if (out / _RUN_FILE).exists() and read_json(out / _RUN_FILE) != record:
+        raise InputError(
+            f"An unfinished run goes on with the configuration it began with, got another than "
+            f"{out / _RUN_FILE}: restore that configuration or choose another --out."
+        )
+    return _Run(config, model, cache, length, initial_path, record, out)
+
+
+def _first_state(run: _Run, mesh: Mesh | None, latest_step: int | None) -> train_step.TrainState:
+    """Returns the state to begin with: resumed, from the initial checkpoint, or fresh."""
+    config = run.config
+    if latest_step is not None:
+        params, opt_state = train_step.abstract_state(run.model, config, mesh)
+        restored = store.restore(
+            run.out / f"checkpoint_{latest_step}",
+            abstract_params=params,
+            abstract_param_states=train_step.state_dict(opt_state),
+        )
+        values = train_step.from_state_dict(opt_state, restored.param_states)
+        state = train_step.TrainState(np.int32(restored.step), restored.params, values)
+        return jax.tree.map(jax.numpy.asarray, state) if mesh is None else state
+    if run.initial is not None:
+        params = load_model(run.initial, mesh).params
+    else:
+        params = init_params(run.model, config.seed, mesh)
+    return train_step.new_state(params, config)
+
+
+def _loop(
+    run: _Run,
+    state: train_step.TrainState,
+    mesh: Mesh | None,
+    checkpoints: store.CheckpointStore,
+    stop_after_step: int | None,
+    quiet: bool,
+) -> TrainResult:
+    config = run.config
+    begin = int(state.step)
+    end = min(config.num_steps, stop_after_step or config.num_steps)
+    log = _MetricsLog(run, begin, quiet)
+    step_function = train_step.make_train_step(run.model, config, mesh)
+    batches = run.cache.train_batches(
+        config.batch_size,
+        length=run.length,
+        seed=config.seed,
+        start_step=begin,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    try:
+        for step in range(begin + 1, end + 1):
+            batch = next(batches)
+            state, metrics = step_function(state, place_batch(batch, mesh), config.seed)
+            log.add(step, int(batch.mask.sum()), metrics, is_last=step == end)
+            every = config.save_every_steps
+            if step == end or (every and step % every == 0):
+                checkpoints.save(step, state.params, train_step.state_dict(state.opt_state))
+        checkpoints.wait()
+    finally:
+        log.close()
+    return TrainResult(run.out, end, log.last, log.seconds, log.tokens)
+
+
+class _MetricsLog:
+    """Writes metrics to JSONL, TensorBoard and the progress bar; only process 0 does."""
+
+    def __init__(self, run: _Run, begin: int, quiet: bool):
+        self._config = run.config
+        self._is_writer = jax.process_index() == 0
+        active = count_parameters(run.model).active
+        self._flops = throughput.training_flops_per_token(run.model, active, run.length)
+        self._peak = throughput.peak_flops_per_second(jax.devices()[0].device_kind)
+        self._started = self._mark = time.perf_counter()
+        self._tokens_since_mark = 0
+        self.tokens = 0
+        self.last: dict[str, float] = {}
+        self._path = run.out / _METRICS_FILE
+        if self._is_writer:
+            self._drop_lines_after(begin)
+            self._board = SummaryWriter(str(run.out / "tensorboard"), purge_step=begin + 1)
+        self._bar = tqdm(
+            total=run.config.num_steps,
+            initial=begin,
+            desc=f"train {run.out.name}",
+            unit="step",
+            file=sys.stderr,
+            disable=quiet or not self._is_writer,
+            mininterval=1.0,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the log was opened."""
+        return time.perf_counter() - self._started
+
+    def _drop_lines_after(self, step: int) -> None:
+        """Removes what an interrupted run wrote beyond its last checkpoint."""
+        if not self._path.exists():
+            return
+        lines = [line for line in read_json_lines(self._path) if line["step"] <= step]
+        self.tokens = lines[-1]["tokens"] if lines else 0
+        with atomic_file(self._path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def add(self, step: int, tokens: int, metrics: dict[str, jax.Array], *, is_last: bool) -> None:
+        tokens *= jax.process_count()
+        self.tokens += tokens
+        self._tokens_since_mark += tokens
+        self._bar.update(1)
+        if not (is_last or step % self._config.log_every_steps == 0):
+            return
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        rate = self._tokens_since_mark / max(now - self._mark, 1e-9)
+        self._mark, self._tokens_since_mark = now, 0
+        if not math.isfinite(values["loss"]):
+            raise RuntimeError(
+                f"The loss must stay finite, got {values['loss']} at step {step} of "
+                f"{self._path.parent}: lower OptimizerConfig.peak_learning_rate and start again."
+            )
+        line = {"step": step, "tokens": self.tokens, **values, "tokens_per_second": rate}
+        shown = {
+            "loss": f"{values['loss']:.3f}",
+            "drop": f"{values['fraction_tokens_left_behind']:.1%}",
+            "tok/s": f"{rate:.3g}",
+        }
+        if self._peak:
+            line["mfu"] = rate * self._flops / (self._peak * jax.device_count())
+            shown["mfu"] = f"{line['mfu']:.1%}"
+        self._bar.set_postfix(shown)
+        self.last = line
+        if self._is_writer:
+            append_json_line(self._path, line)
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._is_writer:
+            self._board.close()
