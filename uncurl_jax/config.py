@@ -18,6 +18,11 @@ def alternating_experts(num_layers: int, num_experts: int) -> tuple[int, ...]:
     return tuple(num_experts if layer % 2 == 0 else 0 for layer in range(num_layers))
 
 
+def scaled_steps(steps: int, scale: float = 1.0) -> int:
+    """Returns `steps * scale`, rounded, at least 1: lets one gin macro shorten a whole run."""
+    return max(1, round(steps * scale))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A GPT-2-style decoder whose feed-forward layers may be mixtures of experts.
@@ -110,6 +115,12 @@ class ModelConfig:
             return None
         slots = math.ceil(num_tokens * self.num_selected_experts * factor / self.num_experts[layer])
         return min(max(slots, self.min_capacity), num_tokens)
+
+    def with_experts(self, count: int) -> ModelConfig:
+        """Returns the same model with `count` experts in every MoE layer."""
+        return dataclasses.replace(
+            self, num_experts=tuple(count if experts else 0 for experts in self.num_experts)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-compatible dict; `from_dict` reads it back."""

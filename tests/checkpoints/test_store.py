@@ -168,7 +168,7 @@ def test_only_the_last_steps_are_kept(tmp_path, config, make_params):
         store.wait()
         assert store.latest_step() == 15
         assert finished_steps(tmp_path / "run") == [10, 15]
-    assert not list((tmp_path / "run" / ".deleted").iterdir())
+    assert not (tmp_path / "run" / ".deleted").exists()
     restored = restore(tmp_path / "run", abstract_params=abstract(make_params(config)))
     assert restored.step == 15
     assert_equal_trees(restored.params, make_params(config, seed=15))
@@ -201,9 +201,12 @@ def test_steps_must_grow(tmp_path, config, make_params):
 
 def test_parameters_of_another_model_are_not_saved(tmp_path, config, make_params):
     padded = ModelConfig(**{**config.to_dict(), "num_experts": (10, 0, 4)})
-    with open_store(tmp_path / "run", config) as store:
-        with pytest.raises(InputError, match=r"layers_0/moe/experts/wi is \[10, 16, 24\] instead"):
-            store.save(1, make_params(padded))
+    message = r"layers_0/moe/experts/wi is \[10, 16, 24\] instead"
+    with (
+        open_store(tmp_path / "run", config) as store,
+        pytest.raises(InputError, match=message),
+    ):
+        store.save(1, make_params(padded))
     assert finished_steps(tmp_path / "run") == []
 
 
@@ -276,15 +279,18 @@ for name, shape in expected_parameters(config).items():
     node[last] = generator.standard_normal(shape, dtype=np.float32)
 vocabulary = {"name": "bytes", "spec": "bytes", "size": 259, "hash": "0" * 64}
 store = CheckpointStore(sys.argv[1], model_config=config, provenance={}, vocabulary=vocabulary)
-store.save(1, params)
-store.wait()
-print("saved", flush=True)
-store.save(2, params)
-store.wait()
+for step in range(1, 1000):
+    store.save(step, params)
+    store.wait()
+    print("saved", flush=True)
 """
 
 
-def test_a_kill_during_a_save_leaves_only_the_step_before(tmp_path):
+def unfinished_saves(directory):
+    return [entry for entry in directory.iterdir() if "orbax-checkpoint-tmp" in entry.name]
+
+
+def test_a_kill_during_a_save_leaves_only_the_steps_before(tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-c", _KILLED_RUN, str(run)], stdout=subprocess.PIPE, text=True
@@ -292,28 +298,31 @@ def test_a_kill_during_a_save_leaves_only_the_step_before(tmp_path):
     try:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "saved"
-        while not any("orbax-checkpoint-tmp" in entry.name for entry in run.iterdir()):
-            assert process.poll() is None, "the second save ended before it was seen"
-            time.sleep(0.001)
+        # Stopped first: a process that runs on might finish the save between look and kill.
+        while not (unfinished := unfinished_saves(run)):
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+            process.send_signal(signal.SIGSTOP)
+            assert process.poll() is None
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
-    unfinished = [entry for entry in run.iterdir() if "orbax-checkpoint-tmp" in entry.name]
-    assert unfinished, "the kill came too late"
-    assert finished_steps(run) == [1]
-    assert resolve(run).step == 1
+    assert unfinished == unfinished_saves(run)
+    killed = int(unfinished[0].name.split("_")[1].split(".")[0])
+    assert finished_steps(run) == list(range(1, killed))
+    assert resolve(run).step == killed - 1
     for entry in unfinished:
         with pytest.raises(InputError):
             resolve(entry)
     with pytest.raises(InputError):
-        resolve(run / "checkpoint_2")
+        resolve(run / f"checkpoint_{killed}")
     assert all(
         np.isfinite(array).all()
         for array in StateReader(run).stream([("target/layers_0/moe/experts/wi", None)])
     )
     config = resolve(run).model_config()
     with CheckpointStore(run, model_config=config, provenance={}, vocabulary=VOCABULARY):
-        assert not [entry for entry in run.iterdir() if "orbax-checkpoint-tmp" in entry.name]
+        assert unfinished_saves(run) == []
 
 
 _DISTRIBUTED_RUN = """
@@ -324,6 +333,7 @@ jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uncurl_jax.checkpoints.parameters import expected_parameters
 from uncurl_jax.checkpoints.store import CheckpointStore, restore
+from uncurl_jax.checkpoints.transform import prune_checkpoint
 from uncurl_jax.config import ModelConfig
 
 assert jax.process_count() == 2 and len(jax.devices()) == 4
@@ -356,7 +366,11 @@ wi = restored.params["layers_0"]["moe"]["experts"]["wi"]
 for shard in wi.addressable_shards:
     value = np.arange(np.prod(wi.shape), dtype=np.float32).reshape(wi.shape)
     np.testing.assert_array_equal(shard.data, value[shard.index])
-print("done", flush=True)
+try:
+    prune_checkpoint(sys.argv[1], None, sys.argv[1] + "-pruned")
+except RuntimeError as error:
+    assert "pruned by one process, got 2" in str(error)
+    print("done", flush=True)
 """
 
 

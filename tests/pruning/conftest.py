@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def numpy_statistics(h, top_k=1, kept=None):
     """Sums over the rows of h [token, expert], one token at a time."""
     h = np.asarray(h, np.float64)
     num_tokens, Z = h.shape
-    sums = {
+    sums: dict[str, Any] = {
         name: np.zeros((Z, Z)) if name in ("gram", "coactivation", "routed_prob") else np.zeros(Z)
         for name in LayerStatistics._fields
     }

@@ -61,9 +61,9 @@ def test_no_permutation_beats_the_alignment(reference, seed):
     experts = reference.experts(np.random.default_rng(seed), 2, embed=3, mlp=5)
     first, second = select_expert(experts, 0), select_expert(experts, 1)
     M = feature_products(first, second)
-    expected = first["wi"].T.astype(np.float64) @ second["wi"] + first["wo"].astype(
-        np.float64
-    ) @ (second["wo"].T)
+    expected = first["wi"].T.astype(np.float64) @ second["wi"] + first["wo"].astype(np.float64) @ (
+        second["wo"].T
+    )
     np.testing.assert_allclose(M, expected, atol=1e-5)
     rows = np.arange(5)
     found = alignment_permutation(first, second)
@@ -82,9 +82,7 @@ def layer(reference, seed=0, **options):
 def test_only_members_beside_the_reference_are_permuted(reference):
     experts, labels, references = layer(reference)
     heard = []
-    got = align_clusters(
-        experts, labels, references, progress=lambda *seen: heard.append(seen)
-    )
+    got = align_clusters(experts, labels, references, progress=lambda *seen: heard.append(seen))
     assert heard == [(1, 2), (2, 2)]
     assert got.permutations.dtype == np.int32
     for z in (1, 2, 3):

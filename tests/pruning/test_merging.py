@@ -98,3 +98,9 @@ def test_a_cluster_that_no_token_selected_has_equal_weights():
 def test_labels_and_weights_that_do_not_fit_are_refused(reference, labels, weights, message):
     with pytest.raises(InputError, match=message):
         merge_experts(reference.experts(np.random.default_rng(0), 3), labels, np.array(weights))
+
+
+def test_permutations_of_other_experts_are_refused(reference):
+    experts = reference.experts(np.random.default_rng(0), 2)
+    with pytest.raises(InputError, match=r"\[expert, mlp\] = \(2, 10\), got \(3, 10\)"):
+        merge_experts(experts, [0, 0], [0.5, 0.5], permutations=np.zeros((3, 10), int))

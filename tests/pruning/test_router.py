@@ -12,7 +12,7 @@ FREQUENCY = np.array([1.0, 5.0, 3.0, 9.0])
 KERNEL = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
-def new_kernel(treatment, kernel=KERNEL, seed=0, layer=0):
+def new_kernel(treatment, kernel: np.ndarray = KERNEL, seed=0, layer=0):
     return new_router_kernel(
         kernel, LABELS, REFERENCES, FREQUENCY, treatment, seed=seed, layer=layer, init_stddev=0.02
     )

@@ -113,7 +113,7 @@ def test_adding_an_incomplete_part_is_incomplete(reference):
 
 def test_statistics_of_different_sources_do_not_add(reference):
     with pytest.raises(InputError, match=r"got task 'superglue_rte' and 'superglue_cb'"):
-        build(reference) + build(reference, task="superglue_cb")
+        _ = build(reference) + build(reference, task="superglue_cb")
 
 
 def test_statistics_survive_a_file_with_the_same_bytes_and_hash(reference, tmp_path):

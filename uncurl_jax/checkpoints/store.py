@@ -80,7 +80,7 @@ class CheckpointStore:
             )
         self.directory = epath.Path(directory)
         if not layout.is_remote(self.directory):
-            self.directory = self.directory.expanduser().resolve()
+            self.directory = self.directory.resolve()
         self._expected = parameters.expected_parameters(model_config)
         files = {
             layout.VOCABULARY_FILE: dict(vocabulary),
@@ -153,6 +153,9 @@ class CheckpointStore:
         """Waits and releases the background threads."""
         self.wait()
         self._manager.close()
+        deleted = self.directory / _DELETED_DIRECTORY
+        if jax.process_index() == 0 and deleted.exists():
+            deleted.rmdir()
 
     def latest_step(self) -> int | None:
         """Returns the latest step that is saved to the end, None if there is none."""

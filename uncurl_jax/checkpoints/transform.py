@@ -160,22 +160,39 @@ def _write_state(
     path = directory / f"{layout.CHECKPOINT_PREFIX}_0"
     report = _stage(progress, "write")
     summaries = []
-    with ocp.Context() as context:
-        context.array.saving.use_ocdbt = True
-        context.array.saving.use_zarr3 = False
-        context.array.saving.scoped_storage_options_creator = _storage_options
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = True
+    context.array.saving.use_zarr3 = False
+    context.array.saving.scoped_storage_options_creator = _storage_options
+    with context:
         # One save per layer: what has been saved is on disk and leaves memory.
         for layer in range(config.num_layers):
-            arrays = _read(reader, f"{layout.TARGET}/layers_{layer}/")
-            if config.num_experts[layer]:
-                summaries.append(_prune_arrays(arrays, layer, plan, config, workers, progress))
-            ocp.partial.save(path, _nested(arrays))
+            summary = _write_layer(path, reader, layer, plan, config, workers, progress)
+            if summary is not None:
+                summaries.append(summary)
             report(layer + 1, config.num_layers + 1)
-        del arrays
         ocp.partial.save(path, _nested(_read_outside_layers(reader)))
         ocp.partial.finalize(path)
         report(config.num_layers + 1, config.num_layers + 1)
     return summaries
+
+
+def _write_layer(
+    path: epath.Path,
+    reader: layout.StateReader,
+    layer: int,
+    plan: PruningPlan,
+    config: ModelConfig,
+    workers: int,
+    progress: Progress | None,
+) -> dict[str, Any] | None:
+    """Adds one layer to the unfinished checkpoint at `path`; returns an MoE layer's summary."""
+    arrays = _read(reader, f"{layout.TARGET}/layers_{layer}/")
+    summary = None
+    if config.num_experts[layer]:
+        summary = _prune_arrays(arrays, layer, plan, config, workers, progress)
+    ocp.partial.save(path, _nested(arrays))
+    return summary
 
 
 def _read(reader: layout.StateReader, prefix: str) -> dict[str, np.ndarray]:
@@ -236,8 +253,9 @@ def _prune_arrays(
     }
 
 
-def _storage_options(path: Any, _: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
-    is_expert = parameters.is_expert_array(jax.tree_util.keystr(path, simple=True, separator="/"))
+def _storage_options(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    del value
+    is_expert = parameters.is_expert_array(jax.tree_util.keystr(key, simple=True, separator="/"))
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,) if is_expert else ())
 
 

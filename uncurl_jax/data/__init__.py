@@ -1,0 +1,1 @@
+"""Tasks, vocabularies, metrics and token caches; needs neither JAX nor TensorFlow."""

@@ -77,7 +77,9 @@ def encode_example(example: Example, vocabulary: Vocabulary, max_length: int) ->
         raise InputError(
             f"An example needs at least one option, got none for example {example.idx}."
         )
-    options = [[*vocabulary.encode_after_space(text), vocabulary.eos_id] for text in example.options]
+    options = [
+        [*vocabulary.encode_after_space(text), vocabulary.eos_id] for text in example.options
+    ]
     longest = max(len(ids) for ids in options)
     if longest > max_length:
         raise InputError(
@@ -95,7 +97,7 @@ class CacheWriter:
     def __init__(self, directory: Path, vocabulary: Vocabulary) -> None:
         """Opens the files in `directory`, which is created."""
         self._directory = directory
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.int32)
         self._columns = {name: array.array(_TYPE_CODES[kind]) for name, kind in COLUMNS.items()}
         self._columns["offsets"].append(0)
@@ -128,11 +130,11 @@ class CacheWriter:
           InputError: If the row is empty or an id lies outside the vocabulary.
         """
         ids = np.asarray(tokens, np.int64)
-        if not len(ids) or ids.min() < 0 or ids.max() >= self._vocabulary.size:
+        if not len(ids) or ids.min() < 0 or ids.max() >= self.vocabulary.size:
             got = f"ids {ids.min()}..{ids.max()}" if len(ids) else "an empty row"
             raise InputError(
-                f"Row {self.num_rows} must hold ids of {self._vocabulary.name} (0.."
-                f"{self._vocabulary.size - 1}), got {got}: check the vocabulary of the task."
+                f"Row {self.num_rows} must hold ids of {self.vocabulary.name} (0.."
+                f"{self.vocabulary.size - 1}), got {got}: check the vocabulary of the task."
             )
         self._raw.write(ids.astype(self._dtype).tobytes())
         columns = self._columns
@@ -192,7 +194,7 @@ class CacheWriter:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **fields,
-            "vocabulary": self._vocabulary.describe(),
+            "vocabulary": self.vocabulary.describe(),
             "rows": self.num_rows,
             "target_rows": sum(self._columns["is_target"]),
             "examples": self.num_examples,

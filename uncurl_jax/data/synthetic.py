@@ -93,7 +93,7 @@ DOMAINS: tuple[Domain, ...] = (
         "law",
         "judge lawyer witness jury clerk",
         "sues defends accuses appeals signs",
-        "verdict trial contract crime oath",
+        "verdict trial bail crime oath",
         "strict solemn legal",
         "barely allegedly",
     ),

@@ -141,16 +141,20 @@ class SentencePieceVocabulary(Vocabulary):
         self.size = int(self._processor.get_piece_size())
         self.eos_id = int(self._processor.eos_id())
         self.hash = artifacts.sha256_of_file(path)
-        first = self._processor.encode("a", out_type=str)[0]
-        self._adds_space = first.startswith("\u2581")
+        self._anchor: list[int] = self._processor.encode("a")
 
     def encode(self, text: str) -> list[int]:
         """Returns the piece ids; most models put a space before the first word themselves."""
         return self._processor.encode(text)
 
     def encode_after_space(self, text: str) -> list[int]:
-        """Returns the ids of `text` after one space, which most models add themselves."""
-        return self.encode(text if self._adds_space else f" {text}")
+        """Returns the ids of `text` after a word and a space.
+
+        Models differ in whether they add, keep or strip a leading space, so a word stands before.
+        """
+        ids = self.encode(f"a {text}")
+        num_anchor = len(self._anchor)
+        return ids[num_anchor:] if ids[:num_anchor] == self._anchor else self.encode(f" {text}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns `encode` of each text, on several threads."""

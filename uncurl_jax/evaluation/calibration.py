@@ -96,7 +96,7 @@ def calibrate_model(
 
     def show(done: int, tokens: int) -> None:
         bar.update(done - bar.n)
-        bar.set_postfix(tokens=tokens)
+        bar.set_postfix(tokens=tokens, refresh=False)
 
     def place(batch: Batch) -> Any:
         return place_batch(batch if model.mesh is None else local_rows(batch), model.mesh)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.token_cache import Batch
-from uncurl_jax.models.decoder import Decoder, moe_metrics
+from uncurl_jax.models.decoder import Decoder, moe_metrics, token_log_probabilities
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, local_rows, place_batch, replicated
 
 
@@ -43,8 +43,7 @@ def _compiled_scores(config: ModelConfig, mesh: Mesh | None) -> Any:
         logits, sown = decoder.apply(
             {"params": params}, batch.inputs, batch.mask, mutable=["intermediates"]
         )
-        target_logits = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
-        log_probability = target_logits - jax.nn.logsumexp(logits, axis=-1)
+        log_probability = token_log_probabilities(logits, batch.targets)
         left_behind = moe_metrics(sown.get("intermediates", {}))["fraction_tokens_left_behind"]
         return {
             "log_likelihood": jnp.sum(log_probability * batch.weights, axis=-1),

@@ -91,7 +91,7 @@ def _problem(run: Any) -> str | None:
         value = run.get(name)
         if not isinstance(value, types) or isinstance(value, bool):
             return f"{name} must be {' or '.join(t.__name__ for t in types)}, got {value!r}"
-        if types is _NUMBER and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return f"{name} must be finite, got {value!r}"
     if run["kind"] not in KINDS:
         return f"kind must be one of {', '.join(KINDS)}, got {run['kind']!r}"
@@ -224,8 +224,8 @@ def find_thresholds(rows: Sequence[Mapping[str, Any]], *, margin: float = 0.0) -
     """Says for each task how far one can prune on the evidence of `rows`.
 
     Beneficial: the largest Z/D at which pruned minus from-scratch of the same size, paired by seed,
-    has a 95 % bootstrap lower bound of at least -margin. Lossless: the largest Z/D at which unpruned
-    minus pruned has an upper bound of at most one point. Both need three paired seeds.
+    has a 95 % bootstrap lower bound of at least -margin. Lossless: the largest Z/D at which
+    unpruned minus pruned has an upper bound of at most one point. Both need three paired seeds.
 
     Args:
       rows: as `summarize` returns them.
@@ -248,7 +248,7 @@ def find_thresholds(rows: Sequence[Mapping[str, Any]], *, margin: float = 0.0) -
                 source, experts = row["source_num_experts"], row["num_experts"]
                 candidates.append(
                     {
-                        "label": f"{row['method']}, router {row['router']}",
+                        "label": f"{row['method']} (router {row['router']})",
                         "factor": source / experts,
                         **{name: row[name] for name in _IDENTITY},
                         "score": row["score"],
@@ -287,13 +287,14 @@ def featured_row(
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Formats the rows of `summarize` for a terminal, a line each."""
-    lines = [list(report_page.COLUMNS), *([*report_page.cells(row)] for row in rows)]
+    lines = [report_page.COLUMNS, *(report_page.cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
+    lines.insert(1, tuple("-" * width for width in widths))
+    is_text = [name in report_page.TEXT_COLUMNS for name in report_page.COLUMNS]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < report_page.NUM_TEXT_COLUMNS else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, is_text, strict=True)
         ).rstrip()
         for line in lines
     )

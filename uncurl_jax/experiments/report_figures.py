@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 
@@ -20,7 +22,12 @@ from uncurl_jax.pruning.plan import LayerPlan, PruningPlan
 # Stand-ins that no figure uses otherwise; the page's variables take their place in the SVG, so
 # that figures follow its light or dark scheme.
 _INK, _SOFT, _LINE, _PAPER = "#010203", "#040506", "#070809", "#0a0b0c"
-_VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", _PAPER: "var(--paper)"}
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _SOFT: "var(--soft)",
+    _LINE: "var(--line)",
+    _PAPER: "var(--paper)",
+}
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("o", "s", "^", "v", "P", "X")
@@ -29,7 +36,7 @@ _PIXELS_PER_INCH = 96
 # Beyond this many experts a cell of the cluster map is too small for its number.
 _MAX_LABELLED_EXPERTS = 64
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "uncurl_jax",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -66,7 +73,9 @@ def _svg(canvas: Canvas, label: str) -> str:
     """Returns one inline <svg> element: no prolog, no names of other sites, no unused ids."""
     FigureCanvasSVG(canvas)
     buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
+    canvas.savefig(
+        buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None}
+    )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -116,12 +125,20 @@ def draw_scores(rows: Sequence[Mapping[str, Any]]) -> Figure:
         series.setdefault((row["kind"], row["method"] or "", row["router"] or ""), []).append(row)
     pruned = [key for key in series if key[0] == "pruned"]
     for key, members in series.items():
-        members = sorted(members, key=lambda row: (row["source_num_experts"] or 0, row["num_experts"]))
+        members = sorted(
+            members, key=lambda row: (row["source_num_experts"] or 0, row["num_experts"])
+        )
         kind, method, router = key
         place = pruned.index(key) if kind == "pruned" else 0
         style: dict[str, Any] = {
             "unpruned": {"color": _INK, "marker": "D", "ls": "none", "label": "unpruned"},
-            "scratch": {"color": _SOFT, "marker": "o", "mfc": _PAPER, "ls": "--", "label": "from scratch"},
+            "scratch": {
+                "color": _SOFT,
+                "marker": "o",
+                "mfc": _PAPER,
+                "ls": "--",
+                "label": "from scratch",
+            },
             "pruned": {
                 "color": _COLOURS[place % len(_COLOURS)],
                 "marker": _MARKERS[place % len(_MARKERS)],
@@ -146,7 +163,9 @@ def draw_scores(rows: Sequence[Mapping[str, Any]]) -> Figure:
             )
     _score_axes(axes, rows)
     handles, labels = axes.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.1, -0.0), ncols=2, fontsize=8.5)
+    canvas.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0.1, -0.0), ncols=2, fontsize=8.5
+    )
     task = rows[0]["task"]
     axes.set_title(task)
     single = any(row["interval_over"] == "examples" for row in rows)
@@ -196,23 +215,29 @@ def draw_sizes(rows: Sequence[Mapping[str, Any]]) -> Figure:
     left.set_title("parameters")
     right.set_title("bytes stored")
     handles, labels = left.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.1, 0.08), ncols=2, fontsize=8.5)
-    return _figure("Size", "Parameters and bytes of a model with that many experts per MoE layer.", canvas)
+    canvas.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0.1, 0.08), ncols=2, fontsize=8.5
+    )
+    return _figure(
+        "Size", "Parameters and bytes of a model with that many experts per MoE layer.", canvas
+    )
+
+
+def _range(counts: set[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}–{high}"
 
 
 def _prune_name(plan: PruningPlan) -> str:
-    before = sorted({layer.num_experts for layer in plan.layers})
-    after = sorted({layer.num_clusters for layer in plan.layers})
-    text = "–".join(map(str, dict.fromkeys((before[0], before[-1]))))
-    return f"{text} → {'–'.join(map(str, dict.fromkeys((after[0], after[-1]))))} experts, {plan.method}"
+    before = _range({layer.num_experts for layer in plan.layers})
+    after = _range({layer.num_clusters for layer in plan.layers})
+    return f"{before} → {after} experts, {plan.method}"
 
 
 def draw_clusters(task: str, plan: PruningPlan) -> Figure:
     """Draws which experts of each layer were merged: colour is cluster size, text the cluster."""
     widest = max(layer.num_experts for layer in plan.layers)
-    canvas = Canvas(
-        figsize=(max(_WIDTH_INCHES, 0.9 + 0.2 * widest), 1.1 + 0.27 * len(plan.layers))
-    )
+    canvas = Canvas(figsize=(max(_WIDTH_INCHES, 0.9 + 0.2 * widest), 1.1 + 0.27 * len(plan.layers)))
     axes = canvas.add_subplot()
     largest = max(max(layer.cluster_sizes) for layer in plan.layers)
     colours = mpl.colormaps["cividis_r"]
@@ -231,12 +256,16 @@ def draw_clusters(task: str, plan: PruningPlan) -> Figure:
         spine.set_visible(False)
     axes.set_xlabel("expert before pruning")
     axes.set_title(f"{task}: {_prune_name(plan)}")
-    norm = mpl.colors.Normalize(0.5, largest + 0.5)
+    norm = Normalize(0.5, largest + 0.5)
     bar = canvas.colorbar(
-        mpl.cm.ScalarMappable(norm, mpl.colors.ListedColormap(
-            [_shade(colours, size, largest) for size in range(1, largest + 1)]
-        )),
-        ax=axes, fraction=0.04, pad=0.02, aspect=12,
+        ScalarMappable(
+            norm,
+            ListedColormap([_shade(colours, size, largest) for size in range(1, largest + 1)]),
+        ),
+        ax=axes,
+        fraction=0.04,
+        pad=0.02,
+        aspect=12,
     )
     bar.set_label("experts in the cluster")
     bar.outline.set_visible(False)
@@ -258,23 +287,38 @@ def _shade(colours: Any, size: int, largest: int) -> Any:
 
 
 def _draw_cell(
-    axes: Any, expert: int, row: int, layer: LayerPlan, cluster: int, colours: Any,
-    largest: int, widest: int,
+    axes: Any,
+    expert: int,
+    row: int,
+    layer: LayerPlan,
+    cluster: int,
+    colours: Any,
+    largest: int,
+    widest: int,
 ) -> None:
     is_dropped = cluster < 0
     shade = None if is_dropped else _shade(colours, layer.cluster_sizes[cluster], largest)
     axes.add_patch(
         Rectangle(
-            (expert + 0.04, row + 0.05), 0.92, 0.9, lw=0.6,
-            fc="none" if shade is None else shade, ec=_LINE if shade is None else "none",
+            (expert + 0.04, row + 0.05),
+            0.92,
+            0.9,
+            lw=0.6,
+            fc="none" if shade is None else shade,
+            ec=_LINE if shade is None else "none",
         )
     )
     if widest > _MAX_LABELLED_EXPERTS and not is_dropped:
         return
     is_dark = shade is not None and np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5
     axes.text(
-        expert + 0.5, row + 0.52, "×" if is_dropped else str(cluster), ha="center", va="center",
-        fontsize=7.5, color=_SOFT if is_dropped else "#ffffff" if is_dark else "#000000",
+        expert + 0.5,
+        row + 0.52,
+        "×" if is_dropped else str(cluster),
+        ha="center",
+        va="center",
+        fontsize=7.5,
+        color=_SOFT if is_dropped else "#ffffff" if is_dark else "#000000",
         weight="bold" if not is_dropped and layer.reference[cluster] == expert else "normal",
     )
 
@@ -302,14 +346,15 @@ def draw_loads(task: str, plan: PruningPlan) -> Figure:
             axes.set_xticks([])
             axes.tick_params(length=2)
         left.set_ylabel(f"layer {layer.layer}", rotation=0, ha="right", va="center", labelpad=14)
-    before = max(layer.num_experts for layer in plan.layers)
-    after = max(layer.num_clusters for layer in plan.layers)
-    grid[0, 0].set_title(f"before: {before} experts")
-    grid[0, 1].set_title(f"after: {after} experts")
-    canvas.supxlabel("experts, busiest first; height is % of the layer's tokens", fontsize=9,
-                     y=0.02 if rows > 3 else -0.06)
+    grid[0, 0].set_title(f"before: {_range({p.num_experts for p in plan.layers})} experts")
+    grid[0, 1].set_title(f"after: {_range({p.num_clusters for p in plan.layers})} experts")
+    canvas.supxlabel(
+        "experts, busiest first; height is % of the layer's tokens",
+        fontsize=9,
+        y=0.02 if rows > 3 else -0.06,
+    )
     caption = (
-        f"{task}, {_prune_name(plan)}: load per expert on the task's tokens, before and as the plan "
-        "predicts after. Dotted: equal load. The number is the busiest expert's share."
+        f"{task}, {_prune_name(plan)}: load per expert on the task's tokens, before pruning and as "
+        "the plan predicts after. Dotted: equal load. The number is the busiest expert's share."
     )
     return _figure("Load per expert", caption, canvas)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = (
     "task",
     "model",
-    "method",
-    "router",
     "experts",
     "score %",
     "95 % interval",
     "seeds",
+    "router",
     "parameters",
-    "active",
     "bytes",
     "tokens dropped",
 )
-NUM_TEXT_COLUMNS = 4
+TEXT_COLUMNS = ("task", "model", "router")
 _KIND_NAMES = {"unpruned": "unpruned", "scratch": "from scratch", "pruned": "pruned"}
 
 
@@ -52,21 +50,20 @@ def _plural(count: int, noun: str) -> str:
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the table cells of a row of `report.summarize`, in the order of COLUMNS."""
-    experts = str(row["num_experts"])
+    model, experts = _KIND_NAMES[row["kind"]], str(row["num_experts"])
     if row["kind"] == "pruned":
+        model = f"{model}, {row['method']}"
         experts = f"{row['source_num_experts']} → {experts}"
     low, high = row["interval"]
     return (
         row["task"],
-        _KIND_NAMES[row["kind"]],
-        row["method"] or "–",
-        row["router"] or "–",
+        model,
         experts,
         f"{row['score']:.2f}",
         f"{low:.2f} to {high:.2f}{'' if row['interval_over'] == 'seeds' else '*'}",
         str(row["num_runs"]),
+        row["router"] or "–",
         format_count(row["parameters"]),
-        format_count(row["active_parameters"]),
         format_bytes(row["bytes"]),
         f"{100 * row['fraction_tokens_left_behind']:.1f} %",
     )
@@ -87,7 +84,7 @@ def _measured(comparison: Mapping[str, Any]) -> str:
 def _too_few(candidates: Sequence[Mapping[str, Any]], key: str, other: str, sign: int) -> str:
     best = max(candidates, key=lambda c: sign * c[key]["mean"] if c[key]["seeds"] else -1e9)
     return (
-        f"{_plural(best[key]['seeds'], 'seed')} in common with {other} where 3 are needed. So far "
+        f"{_plural(best[key]['seeds'], 'seed')} in common{other} where 3 are needed. So far "
         f"{_step(best)} with {best['label']}: {_points(best[key]['mean'])} points."
     )
 
@@ -110,7 +107,7 @@ def sentences(finding: Mapping[str, Any]) -> list[str]:
         ),
         "too_few_seeds": lambda: (
             "Whether pruning is better than training small from scratch cannot be said: "
-            + _too_few(candidates, "gap", "a model from scratch", 1)
+            + _too_few(candidates, "gap", " with a model from scratch", 1)
         ),
         "nothing_to_compare": lambda: (
             "No model of a pruned size was trained from scratch with the same seed, so whether "
@@ -120,16 +117,16 @@ def sentences(finding: Mapping[str, Any]) -> list[str]:
     kept = lossless["reached"]
     losses = {
         "reached": lambda: (
-            f"Down to {_step(kept)} ({kept['factor']:.3g} times fewer) with {kept['label']} it stays "
-            f"within 1 point of the unpruned model: loss of {_measured(kept['drop'])}."
+            f"{_step(kept)} ({kept['factor']:.3g} times fewer) with {kept['label']} stays within 1 "
+            f"point of the unpruned model; unpruned minus pruned: {_measured(kept['drop'])}."
         ),
         "not_reached": lambda: (
-            "No pruned model is shown to stay within 1 point of the unpruned one; closest, as a "
-            "loss, is " + _closest(candidates, "drop", -1)
+            "No pruned model is shown to stay within 1 point of the unpruned one; closest, as "
+            "unpruned minus pruned, is " + _closest(candidates, "drop", -1)
         ),
         "too_few_seeds": lambda: (
             "What pruning loses against the unpruned model cannot be said: "
-            + _too_few(candidates, "drop", "it", -1).replace("points.", "points lost.")
+            + _too_few(candidates, "drop", "", -1).replace("points.", "points lost.")
         ),
         "nothing_to_compare": lambda: (
             "No unpruned model was evaluated with the same seed, so what pruning loses cannot be "
@@ -184,7 +181,7 @@ _STYLE = """
   :root { --paper: #14171b; --ink: #e8eaed; --soft: #a4adb8; --line: #3a424c;
     --panel: #1d2228; --accent: #56b4e9; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.25rem 1rem 3rem; max-width: 62rem; background: var(--paper);
+body { margin: 0 auto; padding: 1.25rem 1rem 3rem; max-width: 68rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.05rem; font-weight: 600; color: var(--soft); margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
@@ -196,20 +193,21 @@ p, ul { margin: .4rem 0; } ul { padding-left: 1.2rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th { background: var(--panel); font-weight: 600; }
-tr:last-child td { border-bottom: 0; }
-th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left; }
+th, td { padding: .3rem .55rem; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.text { text-align: left; } .number { text-align: right; }
+thead th { font-weight: 600; color: var(--soft); }
+tbody th { font-weight: 600; background: var(--panel); }
+tbody:last-child tr:last-child td { border-bottom: 0; }
 .figures { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius: .4rem;
   min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure .plot { overflow-x: auto; }
-figure svg { display: block; width: 100%; height: auto; margin: 0 auto; }
+figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: .88rem; color: var(--soft); margin-top: .4rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem .8rem; font-size: .88rem; }
+dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem .8rem;
+  font-size: .88rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--accent); }
 """
@@ -218,23 +216,39 @@ _READING = (
     "Scores are percent of the task's own metric on its validation split; higher is better.",
     "Intervals are 95 %: Student's over seeds, or with an asterisk the bootstrap over the examples "
     "of a single run, which does not cover the variation between seeds.",
-    "Comparisons are paired by seed, in points, with a bootstrap over the pairs. Fewer than 3 pairs "
-    "decide nothing.",
+    "Comparisons are paired by seed, in points, with a bootstrap over the pairs. Fewer than 3 "
+    "pairs decide nothing.",
     "Parameters count the whole model, active those that one token passes through. Bytes are those "
     "of the stored parameters (1 GB = 10⁹).",
     "Tokens dropped had no free slot in a chosen expert and passed that layer by.",
 )
 
 
-def _table(rows: Iterable[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>"
-        for row in rows
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of all models, a body with a heading for each task."""
+    classes = ["text" if name in TEXT_COLUMNS else "number" for name in COLUMNS[1:]]
+    head = "".join(
+        f'<th scope="col" class="{kind}">{html.escape(name)}</th>'
+        for kind, name in zip(classes, COLUMNS[1:], strict=True)
     )
+    bodies = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        heading = (
+            f'<th scope="rowgroup" class="text" colspan="{len(classes)}">{html.escape(task)}</th>'
+        )
+        lines = [f"<tr>{heading}</tr>"]
+        for row in rows:
+            if row["task"] == task:
+                texts = zip(classes, cells(row)[1:], strict=True)
+                line = "".join(
+                    f'<td class="{kind}">{html.escape(cell)}</td>' for kind, cell in texts
+                )
+                lines.append(f"<tr>{line}</tr>")
+        bodies.append("<tbody>" + "\n".join(lines) + "</tbody>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
+        + "\n".join(bodies)
+        + "</table></div>"
     )
 
 
@@ -254,7 +268,7 @@ def _figure(figure: Any) -> str:
     wide = ' class="wide"' if figure.min_width > 640 else ""
     return (
         f'<figure{wide}><div class="plot" tabindex="0"><div style="min-width: '
-        f'{min(figure.min_width, 340) if not wide else figure.min_width}px; '
+        f"{min(figure.min_width, 340) if not wide else figure.min_width}px; "
         f'max-width: {max(figure.min_width, 640)}px; margin: auto">{figure.svg}</div></div>'
         f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
     )

@@ -205,3 +205,10 @@ def moe_metrics(intermediates: Any) -> dict[str, jax.Array]:
         name: (sum(found) if name.endswith("_loss") else sum(found) / len(found)) if found else zero
         for name, found in values.items()
     }
+
+
+def token_log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probability of each target: logits [..., vocab], targets [...] int -> [...] float32."""
+    logits = logits.astype(jnp.float32)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return target_logits - jax.nn.logsumexp(logits, axis=-1)

@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.linalg
 
 from uncurl_jax.errors import InputError
@@ -43,7 +44,7 @@ def spectral_embedding(A: np.ndarray, num_clusters: int) -> np.ndarray:
 
 
 def spectral_clustering(
-    A: np.ndarray, num_clusters: int, *, seed: int, frequency: np.ndarray
+    A: np.ndarray, num_clusters: int, *, seed: int, frequency: npt.ArrayLike
 ) -> np.ndarray:
     """Groups the experts into exactly D non-empty clusters.
 
@@ -78,7 +79,7 @@ def spectral_clustering(
     return canonical_labels(labels, frequency)
 
 
-def canonical_labels(labels: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+def canonical_labels(labels: npt.ArrayLike, frequency: npt.ArrayLike) -> np.ndarray:
     """Renumbers clusters by falling summed frequency, ties by lowest member; -1 stays -1.
 
     Args:
@@ -159,8 +160,10 @@ def _kmeans(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     # Imported here: the alignment workers import this package and need no scikit-learn.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings():
+    # One thread: a few dozen rows gain nothing from more, and sums keep their order.
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
         # Fewer distinct rows than clusters, as with equal experts: _fill_empty settles it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         starts: Any = NUM_STARTS  # scikit-learn leaves n_init untyped

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from uncurl_jax.errors import InputError
-from uncurl_jax.pruning.alignment import Experts, permute_hidden, select_expert
+from uncurl_jax.pruning.alignment import Experts, check_expert, permute_array, select_expert
 
 
-def normalized_weights(labels: np.ndarray, mass: np.ndarray) -> np.ndarray:
+def normalized_weights(labels: npt.ArrayLike, mass: npt.ArrayLike) -> np.ndarray:
     """Returns each expert's share of its cluster's mass: what merging weighs it with.
 
     Args:
@@ -29,7 +30,7 @@ def normalized_weights(labels: np.ndarray, mass: np.ndarray) -> np.ndarray:
     return weights
 
 
-def merge_arrays(array: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def merge_arrays(array: np.ndarray, labels: npt.ArrayLike, weights: npt.ArrayLike) -> np.ndarray:
     """Returns the weighted mean of each cluster's entries of one array.
 
     Computed in float32 as x_first + sum_z w_z (x_z - x_first), so equal members give exactly
@@ -47,20 +48,13 @@ def merge_arrays(array: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> 
       InputError: If a cluster has no member.
     """
     labels, weights = np.asarray(labels), np.asarray(weights, np.float32)
-    clusters = _members(labels, len(array))
-    result = np.empty((len(clusters), *array.shape[1:]), array.dtype)
-    for cluster, members in enumerate(clusters):
-        if len(members) == 1:
-            result[cluster] = array[members[0]]
-        else:
-            result[cluster] = _mean([array[z] for z in members], weights[members], array.dtype)
-    return result
+    return _merge("", array, _members(labels, len(array)), weights, None)
 
 
 def merge_experts(
     experts: Experts,
-    labels: np.ndarray,
-    weights: np.ndarray,
+    labels: npt.ArrayLike,
+    weights: npt.ArrayLike,
     *,
     permutations: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
@@ -85,31 +79,44 @@ def merge_experts(
         raise InputError(
             f"Merging needs one weight per expert, got {weights.shape} for {len(labels)} experts."
         )
-    merged = {
-        name: np.empty((len(clusters), *array.shape[1:]), array.dtype)
+    check_expert(select_expert(experts, 0))
+    shape = (len(labels), experts["wi"].shape[-1])
+    if permutations is not None and permutations.shape != shape:
+        raise InputError(
+            f"Merging needs one permutation per expert, [expert, mlp] = {shape}, got "
+            f"{permutations.shape}: align the same experts."
+        )
+    return {
+        name: _merge(name, array, clusters, weights, permutations)
         for name, array in experts.items()
     }
+
+
+def _merge(
+    name: str,
+    array: np.ndarray,
+    clusters: list[np.ndarray],
+    weights: np.ndarray,
+    permutations: np.ndarray | None,
+) -> np.ndarray:
+    """Merges one array; beside the result it holds three experts' entries at a time."""
+    result = np.empty((len(clusters), *array.shape[1:]), array.dtype)
     for cluster, members in enumerate(clusters):
-        aligned = [select_expert(experts, z) for z in members]
-        if permutations is not None and len(members) > 1:
-            aligned = [
-                permute_hidden(e, permutations[z]) for e, z in zip(aligned, members, strict=True)
-            ]
-        for name, array in merged.items():
-            if len(members) == 1:
-                array[cluster] = aligned[0][name]
+        if len(members) == 1:
+            result[cluster] = array[members[0]]
+            continue
+        first, change = np.float32(0), np.float32(0)
+        for z in members:
+            part = array[z]
+            if permutations is not None:
+                part = permute_array(name, part, permutations[z])
+            part = part.astype(np.float32)
+            if z == members[0]:
+                first = part
             else:
-                parts = [expert[name] for expert in aligned]
-                array[cluster] = _mean(parts, weights[members], array.dtype)
-    return merged
-
-
-def _mean(parts: list[np.ndarray], weights: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    first = parts[0].astype(np.float32)
-    change = np.zeros_like(first)
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        change += weight * (part.astype(np.float32) - first)
-    return (first + change).astype(dtype)
+                change = change + weights[z] * (part - first)
+        result[cluster] = (first + change).astype(array.dtype)
+    return result
 
 
 def _members(labels: np.ndarray, num_experts: int) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning import affinity as affinity_lib
@@ -153,7 +154,7 @@ def group_experts(
     )
 
 
-def most_selected(labels: np.ndarray, selected: np.ndarray) -> np.ndarray:
+def most_selected(labels: npt.ArrayLike, selected: npt.ArrayLike) -> np.ndarray:
     """Returns each cluster's most selected member, the lowest index on ties.
 
     Args:

@@ -7,12 +7,14 @@ needs beside the checkpoint: neither clustering nor gate compensation needs the 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
@@ -165,7 +167,9 @@ class PruningPlan:
             raise InputError(f"{Path(path)}: {error}") from None
 
     def _content(self) -> dict[str, Any]:
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        # Through JSON: lists where the dataclasses hold tuples.
+        fields = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
 
 
 def make_plan(
@@ -247,7 +251,9 @@ def make_plan(
     )
 
 
-def expected_drop(labels: np.ndarray, selected: np.ndarray, capacity_factor: float | None) -> float:
+def expected_drop(
+    labels: npt.ArrayLike, selected: npt.ArrayLike, capacity_factor: float | None
+) -> float:
     """Predicts which share of the assignments overflows after a prune.
 
     Each cluster is taken to receive what its members received, in groups large enough for the

@@ -62,23 +62,23 @@ def prune_layer(
                 f"The plan's layer {layer} is for {decided.num_experts} experts, got {count} in "
                 f"{name}: it is of another checkpoint."
             )
-    labels, reference = np.array(decided.labels), np.array(decided.reference)
+    labels, reference = decided.labels, decided.reference
     alignment = None
     if plan.align:
         alignment = align_clusters(experts, labels, reference, workers=workers, progress=progress)
     merged = merge_experts(
         experts,
         labels,
-        np.array(decided.weights, np.float32),
+        decided.weights,
         permutations=None if alignment is None else alignment.permutations,
     )
     if decided.gate_factors is not None:
-        merged = scale_outputs(merged, np.array(decided.gate_factors, np.float32))
+        merged = scale_outputs(merged, decided.gate_factors)
     kernel = new_router_kernel(
         router,
         labels,
         reference,
-        np.array(decided.selected),
+        decided.selected,
         plan.router,
         seed=plan.seed,
         layer=layer,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning.choices import require_choice
@@ -21,9 +22,9 @@ TREATMENTS = ("reinit", "reference", "mean")
 
 def new_router_kernel(
     kernel: np.ndarray,
-    labels: np.ndarray,
-    reference: np.ndarray,
-    frequency: np.ndarray,
+    labels: npt.ArrayLike,
+    reference: npt.ArrayLike,
+    frequency: npt.ArrayLike,
     treatment: str,
     *,
     seed: int,
@@ -70,8 +71,8 @@ def new_router_kernel(
 
 def gate_compensation(
     statistics: LayerStatistics,
-    labels: np.ndarray,
-    reference: np.ndarray,
+    labels: npt.ArrayLike,
+    reference: npt.ArrayLike,
     treatment: str,
 ) -> np.ndarray:
     """Returns the factor of each merged expert's output that keeps the MoE branch's scale.
@@ -135,7 +136,9 @@ def gate_compensation(
     return factors.astype(np.float32)
 
 
-def scale_outputs(experts: Mapping[str, np.ndarray], factors: np.ndarray) -> dict[str, np.ndarray]:
+def scale_outputs(
+    experts: Mapping[str, np.ndarray], factors: npt.ArrayLike
+) -> dict[str, np.ndarray]:
     """Applies gate compensation: scales each merged expert's wo and wo_bias.
 
     Args:

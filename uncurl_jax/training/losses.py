@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from uncurl_jax.models.decoder import token_log_probabilities
+
 
 class TokenLoss(NamedTuple):
     """Sums over the target tokens of a batch; divide by `weight` for means.
@@ -20,13 +22,6 @@ class TokenLoss(NamedTuple):
     cross_entropy: jax.Array
     correct: jax.Array
     weight: jax.Array
-
-
-def token_log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-probability of each target: logits [..., vocab], targets [...] int -> [...] float32."""
-    logits = logits.astype(jnp.float32)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return target_logits - jax.nn.logsumexp(logits, axis=-1)
 
 
 def token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenLoss:

@@ -315,7 +315,7 @@ class _MetricsLog:
         if self._peak:
             line["mfu"] = rate * self._flops / (self._peak * jax.device_count())
             shown["mfu"] = f"{line['mfu']:.1%}"
-        self._bar.set_postfix(shown)
+        self._bar.set_postfix(shown, refresh=False)
         self.last = line
         if self._is_writer:
             append_json_line(self._path, line)

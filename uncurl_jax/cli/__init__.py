@@ -1,0 +1,204 @@
+"""The command line: `uncurl COMMAND`. Progress on stderr, one JSON line on stdout.
+
+Exit status: 0 success, 1 a gate failed or the program did, 2 the input was wrong (one sentence on
+stderr says what). Importing this module imports neither JAX nor TensorFlow; a command imports what
+it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from uncurl_jax import __version__
+from uncurl_jax.errors import InputError
+
+_GIN_PREFIX = "--gin."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help.\n")
+
+
+def _count_list(text: str) -> int | tuple[int, ...]:
+    counts = tuple(int(part) for part in text.split(","))
+    return counts[0] if len(counts) == 1 else counts
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    return int(index), int(count)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = _Parser(
+        prog="uncurl",
+        description="Prune the experts of sparse mixture-of-experts language models for a task.",
+        epilog="Each command has --help. Docs: README.md and docs/.",
+    )
+    parser.add_argument("--version", action="version", version=f"uncurl_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, argument_default=argparse.SUPPRESS
+        )
+        sub.add_argument(
+            "--gin_file",
+            action="append",
+            metavar="FILE",
+            help="gin file, from this directory or the package; may be repeated",
+        )
+        sub.add_argument("--gin.X=Y", dest="unused", metavar="", help="one more gin binding")
+        return sub
+
+    _add_data_commands(command)
+    _add_model_commands(command)
+    _add_study_commands(command)
+    return parser
+
+
+def _add_data_commands(command: Any) -> None:
+    sub = command("cache", "Tokenise a task once into memory-mapped files.")
+    sub.add_argument("--task", help="a task's name (rte, boolq, ...) or seqio:<name>")
+    sub.add_argument("--data_dir", help="directory with <Task>/{train,val}.jsonl")
+    sub.add_argument("--vocabulary", help='"bytes" (default), a .model file, or a GPT-2 directory')
+    sub.add_argument("--max_length", type=int, help="most tokens per row (default 512)")
+    sub.add_argument("--split", action="append", dest="splits", help="may be repeated")
+    sub.add_argument("--out", required=True, help="directory to write")
+
+
+def _add_task_arguments(sub: argparse.ArgumentParser, split: str) -> None:
+    sub.add_argument("--task", required=True, help="a token cache, or a task's name")
+    sub.add_argument("--split", help=f"split of the task (default {split})")
+    sub.add_argument("--data_dir", help="where the files of a named task lie")
+    sub.add_argument("--vocabulary", help="spec; by default the checkpoint's own")
+
+
+def _add_mesh_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--expert_partitions", type=int, help="devices that share a layer's experts")
+    sub.add_argument("--model_partitions", type=int, help="devices that share heads and units")
+    _add_distributed_argument(sub)
+
+
+def _add_distributed_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one process of several (jax.distributed); addresses come from the TPU pod, or from "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+
+
+def _add_model_commands(command: Any) -> None:
+    sub = command("train", "Pretrain, warm up a router or fine-tune, as a gin file says.")
+    sub.add_argument("--cache", help="token cache of the training split")
+    sub.add_argument("--checkpoint", help="checkpoint to begin with")
+    sub.add_argument("--out", required=True, help="directory for checkpoints and metrics")
+    _add_distributed_argument(sub)
+
+    sub = command("calibrate", "Gather router statistics of a checkpoint on a task.")
+    sub.add_argument("--checkpoint", required=True)
+    _add_task_arguments(sub, "train")
+    sub.add_argument("--out", required=True, help="router_statistics.npz to write")
+    sub.add_argument("--batch_size", type=int)
+    sub.add_argument("--max_batches", type=int)
+    sub.add_argument("--dropless", action="store_true", dest="is_dropless")
+    _add_mesh_arguments(sub)
+
+    sub = command("plan", "Decide which experts are merged or dropped.")
+    sub.add_argument("--statistics", required=True, help="what calibrate wrote")
+    sub.add_argument(
+        "--num_experts",
+        type=_count_list,
+        help="experts per MoE layer afterwards: one number, or one per MoE layer with commas",
+    )
+    sub.add_argument("--method", help="uncurl (default), frequency, random")
+    sub.add_argument("--router", help="reference (default), mean, reinit")
+    sub.add_argument("--affinity", help="cosine (default), pearson, centered")
+    sub.add_argument("--no_align", action="store_false", dest="align")
+    sub.add_argument("--gate_compensation", action="store_true")
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--out", required=True, help="pruning_plan.json to write")
+
+    sub = command("prune", "Carry out a plan: checkpoint in, smaller checkpoint out.")
+    sub.add_argument("--checkpoint", required=True)
+    sub.add_argument("--plan", required=True)
+    sub.add_argument("--workers", type=int, help="processes for the alignment (default 0)")
+    sub.add_argument("--out", required=True)
+
+    sub = command("evaluate", "Score a checkpoint on a task.")
+    sub.add_argument("--checkpoint", required=True)
+    _add_task_arguments(sub, "validation")
+    sub.add_argument("--out", required=True, help="metrics.json to write")
+    sub.add_argument("--mode", help="rank (default): option log-likelihoods; or generate")
+    sub.add_argument("--length_normalized", action="store_true", dest="is_length_normalized")
+    sub.add_argument("--dropless", action="store_true", dest="is_dropless")
+    sub.add_argument("--examples_per_batch", type=int)
+    sub.add_argument("--max_new_tokens", type=int)
+    _add_mesh_arguments(sub)
+
+    sub = command("inspect", "Describe a checkpoint: layers, experts, parameters, bytes, origin.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT")
+
+
+def _add_study_commands(command: Any) -> None:
+    sub = command("quickstart", "The whole job on built-in data, in minutes on a CPU.")
+    sub.add_argument("--out", default="quickstart_out", help="directory (default quickstart_out)")
+
+    sub = command("sweep", "Run a study: counts, methods, tasks and seeds; resumable.")
+    sub.add_argument("--out", required=True)
+    sub.add_argument("--data_dir", help="where the files of the tasks lie")
+    sub.add_argument("--cache_dir", help="token caches, <task>/<split>")
+    sub.add_argument("--shard", type=_shard, metavar="i/n", help="do part i of n (from 0)")
+
+    sub = command("report", "Write report.html and report.json of a study.")
+    sub.add_argument("directory", metavar="DIR")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    bindings = [a.removeprefix(_GIN_PREFIX) for a in arguments if a.startswith(_GIN_PREFIX)]
+    parser = build_parser()
+    options = vars(
+        parser.parse_args([a for a in arguments if not a.startswith(_GIN_PREFIX)])
+    )
+    name = options.pop("command")
+    files = options.pop("gin_file", [])
+    # TensorFlow and XLA would mix their logs into the progress on stderr.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from uncurl_jax.cli import commands, gin_config
+
+    try:
+        gin_config.parse(files, bindings, commands.GIN_MODULES)
+        result = commands.COMMANDS[name](options)
+    except InputError as error:
+        return _fail(name, str(error))
+    except OSError as error:
+        return _fail(name, f"The system refused: {error}.")
+    except KeyboardInterrupt:
+        print(f"uncurl {name}: interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+    except (TypeError, ValueError) as error:
+        sentence = gin_config.explain(error)
+        if sentence is None:
+            raise
+        return _fail(name, sentence)
+    if result is not None:
+        print(json.dumps(result))
+    return 0
+
+
+def _fail(name: str, message: str) -> int:
+    # gin appends where a configurable was called to the messages of errors that pass it.
+    print(f"uncurl {name}: error: {message.splitlines()[0]}", file=sys.stderr)
+    return 2
