@@ -16,6 +16,7 @@ RUN_STAMP = .venv-run/uncurl_jax-py$(VERSION).stamp
 TEST_STAMP = .venv-test/uncurl_jax-py$(VERSION).stamp
 
 .DELETE_ON_ERROR:
+.SECONDARY:
 .SECONDEXPANSION:
 .PHONY: help install quickstart test test-slow lint lock clean
 .DEFAULT_GOAL := help
@@ -49,21 +50,31 @@ lint: $$(TEST_STAMP)
 	.venv-test/bin/lint-imports
 
 # $(1): directory, $(2): lock. --no-deps because a lock is complete and requirements/overrides.txt
-# replaces a package; every file is checked against its hash, and the checkout is installed with
-# the locked build backend.
-define install
+# replaces a package; every file is checked against its hash.
+define install_lock
 rm -rf $(1)
 $(EXE) -m venv $(1)
 $(1)/bin/python -m pip install --quiet --no-deps --require-hashes -r $(2)
+touch $@
+endef
+
+# The checkout itself, with the build backend of the lock; again when pyproject.toml changes.
+define install_checkout
 $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 touch $@
 endef
 
-.venv-run/uncurl_jax-py%.stamp: requirements/py%.txt pyproject.toml
-	$(call install,.venv-run,$<)
+.venv-run/locked-py%.stamp: requirements/py%.txt
+	$(call install_lock,.venv-run,$<)
 
-.venv-test/uncurl_jax-py%.stamp: requirements/py%-dev.txt pyproject.toml
-	$(call install,.venv-test,$<)
+.venv-test/locked-py%.stamp: requirements/py%-dev.txt
+	$(call install_lock,.venv-test,$<)
+
+.venv-run/uncurl_jax-py%.stamp: .venv-run/locked-py%.stamp pyproject.toml
+	$(call install_checkout,.venv-run)
+
+.venv-test/uncurl_jax-py%.stamp: .venv-test/locked-py%.stamp pyproject.toml
+	$(call install_checkout,.venv-test)
 
 .venv-lock/bin/uv:
 	$(EXE) -m venv .venv-lock

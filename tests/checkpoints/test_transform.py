@@ -395,5 +395,6 @@ def test_memory_is_bounded_by_one_layer(tmp_path, make_params, save_checkpoint, 
     print(
         f"checkpoint {total / 1e9:.2f} GB, layer {layer / 1e9:.2f} GB, extra {extra / 1e9:.2f} GB"
     )
-    # A layer's 16 experts, the 4 merged ones in a few copies, and buffers.
-    assert extra < 2.2 * layer < 0.6 * total
+    # A layer's 16 experts, up to as much again in encoded and decoded chunks while they are read,
+    # and the 4 merged experts twice (result and what Orbax writes).
+    assert extra < 2.5 * layer < 0.7 * total

@@ -179,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from uncurl_jax.cli import commands, gin_config
 
     try:
-        gin_config.parse(files, bindings, commands.GIN_MODULES)
+        default = commands.DEFAULT_GIN_FILES.get(name)
+        gin_config.parse(files or ([default] if default else []), bindings, commands.GIN_MODULES)
         result = commands.COMMANDS[name](options)
     except InputError as error:
         return _fail(name, str(error))

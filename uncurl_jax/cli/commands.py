@@ -22,7 +22,9 @@ GIN_MODULES = ("uncurl_jax.config",)
 
 Options = dict[str, Any]
 _DEFAULT_MAX_LENGTH = 512
-_QUICKSTART_GIN = "gin/runs/quickstart.gin"
+
+# What a command is configured with if no --gin_file is given.
+DEFAULT_GIN_FILES = {"quickstart": "gin/runs/quickstart.gin"}
 
 
 def _initialize_distributed(options: Options) -> None:

@@ -53,10 +53,11 @@ def _vocabulary_class() -> type:
             return self.vocabulary.decode(ids)
 
         def _encode_tf(self, s: Any) -> Any:
-            def encode(text: bytes) -> np.ndarray:
-                return np.array(self.vocabulary.encode(text.decode("utf-8")), np.int32)
+            def encode(text: Any) -> np.ndarray:
+                data = np.asarray(text, object).item()  # Bytes in a graph, a 0-d array eagerly.
+                return np.array(self.vocabulary.encode(data.decode("utf-8")), np.int32)
 
-            ids = tf.numpy_function(encode, [s], tf.int32)
+            ids = tf.numpy_function(encode, [tf.convert_to_tensor(s)], tf.int32)
             ids.set_shape([None])
             return ids
 

@@ -282,8 +282,8 @@ class TokenCache:
                 f"use a split with labels."
             )
         self._check_length(rows, length)
-        if start_step < 0:
-            raise InputError(f"start_step must not be negative, got {start_step}.")
+        if start_step < 0 or seed < 0:
+            raise InputError(f"start_step and seed must be >= 0, got {start_step} and {seed}.")
 
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:
