@@ -99,10 +99,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def append_json_line(path: str | os.PathLike[str], value: Any) -> None:
-    """Appends `value` as one line of JSON with a single write, so that lines never interleave."""
+    """Appends `value` as one line of JSON with a single write.
+
+    What a killed writer left of a line is cut off first; a file has one writer at a time.
+    """
     line = (json.dumps(value, allow_nan=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            os.ftruncate(descriptor, Path(path).read_bytes().rfind(b"\n") + 1)
         if os.write(descriptor, line) != len(line):
             raise OSError(f"{path}: the disk took only part of a line")
     finally:

@@ -35,7 +35,8 @@ class ModelConfig:
       mlp_dim: hidden width of each feed-forward network and each expert.
       max_length: learned positions, the longest sequence in tokens.
       num_selected_experts: top-k; 1 is Switch routing (the gate is the softmax probability).
-      normalize_gates: for top-k > 1, divide the selected gates by their sum.
+      normalize_gates: divide the selected gates by their sum; meant for top-k > 1, since a single
+        gate becomes 1 and its router then learns from the load-balancing loss alone.
       capacity_factor: slots per expert in training, as a multiple of tokens * k / experts;
         None is dropless.
       eval_capacity_factor: the same outside training.
@@ -72,19 +73,31 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "num_experts", tuple(int(count) for count in self.num_experts))
         if not self.num_experts:
-            raise InputError("num_experts must name at least one layer, got (): give one entry per layer.")
-        for name in ("vocab_size", "embed_dim", "num_heads", "mlp_dim", "max_length", "num_selected_experts", "min_capacity"):
+            raise InputError(
+                "num_experts must name at least one layer, got (): give one entry per layer."
+            )
+        for name in (
+            "vocab_size",
+            "embed_dim",
+            "num_heads",
+            "mlp_dim",
+            "max_length",
+            "num_selected_experts",
+            "min_capacity",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.embed_dim % self.num_heads:
             raise InputError(
-                f"num_heads must divide embed_dim, got {self.num_heads} heads and embed_dim {self.embed_dim}."
+                f"num_heads must divide embed_dim, got {self.num_heads} heads and embed_dim "
+                f"{self.embed_dim}."
             )
         for layer, count in enumerate(self.num_experts):
             if count < 0 or 0 < count < self.num_selected_experts:
                 raise InputError(
                     f"num_experts[{layer}]={count} is below num_selected_experts="
-                    f"{self.num_selected_experts}: choose at least that many experts or lower top-k."
+                    f"{self.num_selected_experts}: choose at least that many experts or lower "
+                    "top-k."
                 )
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)
@@ -138,8 +151,8 @@ class ModelConfig:
         unknown, missing = sorted(set(values) - set(known)), sorted(required - set(values))
         if unknown or missing:
             raise InputError(
-                f"A model configuration must have the fields of this version, got unknown {unknown} "
-                f"and missing {missing}: it was written for another architecture."
+                f"A model configuration must have the fields of this version, got unknown "
+                f"{unknown} and missing {missing}: it was written for another architecture."
             )
         return cls(**{**values, "num_experts": tuple(values["num_experts"])})
 
@@ -176,6 +189,8 @@ class OptimizerConfig:
                 "peak_learning_rate must be positive and warmup_steps and weight_decay at least 0, "
                 f"got {self.peak_learning_rate}, {self.warmup_steps} and {self.weight_decay}."
             )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise InputError(f"clip_norm must be positive, or None for none, got {self.clip_norm}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +204,14 @@ class TrainConfig:
       model: the architecture to start fresh; None goes on from a checkpoint given to the stage.
       trainable: "all", or "router" for the warm-up after a prune (everything else is frozen).
       length: tokens per row; None takes the longest row of the cache, rounded up to 32.
-      accumulation_steps: parts that a batch is computed in, one after the other; the gradient is
-        that of the whole batch.
+      accumulation_steps: parts that a batch is computed in, one after the other; the gradient of
+        the cross-entropy is that of the whole batch, capacity and router losses are each part's.
       seed: of parameters, batch order and jitter.
       log_every_steps: how often metrics are written.
       save_every_steps: how often a checkpoint is saved besides the last; None saves the last.
       max_to_keep: checkpoints that stay; None keeps all.
+      keep_optimizer_state: whether the last checkpoint holds the optimizer's state, which no later
+        stage here reads (it is two thirds of the bytes); those before hold it, to resume from.
       expert_partitions, model_partitions: of the device mesh; the other devices split the batch.
     """
 
@@ -209,6 +226,7 @@ class TrainConfig:
     log_every_steps: int = 10
     save_every_steps: int | None = None
     max_to_keep: int | None = 1
+    keep_optimizer_state: bool = True
     expert_partitions: int = 1
     model_partitions: int = 1
 
@@ -218,6 +236,10 @@ class TrainConfig:
         for name in ("num_steps", "batch_size", "accumulation_steps", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("length", "save_every_steps", "max_to_keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, or None, got {value}.")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
                 "accumulation_steps must divide batch_size, got "

@@ -40,12 +40,14 @@ def make_mesh(
     Args:
       expert_partitions: devices among which the experts of a layer are divided.
       model_partitions: devices among which heads and hidden units are divided.
-      devices: all devices of all processes by default.
+      devices: all devices of all processes by default. They are ordered by process, so that each
+        process holds a contiguous part of the batch.
 
     Raises:
       InputError: If the two counts do not divide the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda device: device.process_index)
     group = expert_partitions * model_partitions
     if expert_partitions < 1 or model_partitions < 1 or len(devices) % group:
         raise InputError(
@@ -65,9 +67,7 @@ def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     return int(np.prod([mesh.shape[name] for name in names]))
 
 
-def parameter_spec(
-    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
-) -> PartitionSpec:
+def parameter_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Maps one array's logical axis names to a PartitionSpec that its shape can take.
 
     A mesh axis that does not divide its dimension is left out there. If that was the expert axis
@@ -97,26 +97,44 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(TOKEN_AXES))
 
 
+def check_batch_size(batch_size: int, mesh: Mesh | None) -> None:
+    """Checks that a global batch of so many rows can be put on the mesh, each process its part.
+
+    Raises:
+      InputError: If the rows do not divide evenly among the devices that hold tokens, or devices
+        that hold the same rows belong to different processes.
+    """
+    if mesh is None:
+        return
+    shards = axis_size(mesh, TOKEN_AXES)
+    if batch_size % shards:
+        raise InputError(
+            f"batch_size must be a multiple of data * expert partitions, got {batch_size} on "
+            f"{shards}: choose a multiple of {shards}."
+        )
+    for devices in mesh.devices.reshape(shards, -1):
+        if len({device.process_index for device in devices}) > 1:
+            raise InputError(
+                f"model_partitions must divide the devices of each process, got "
+                f"{mesh.shape['model']} across processes: choose a divisor."
+            )
+
+
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Puts a pytree of numpy arrays [batch, ...] on the mesh, divided by its first axis.
 
     With several processes each passes its own contiguous part of the global batch.
 
     Raises:
-      InputError: If the batch does not divide evenly among the devices that hold tokens.
+      InputError: As `check_batch_size`.
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     sharding = batch_sharding(mesh)
-    shards = axis_size(mesh, TOKEN_AXES)
     processes = len({device.process_index for device in mesh.devices.flat})
 
     def place(array: np.ndarray) -> jax.Array:
-        if (array.shape[0] * processes) % shards:
-            raise InputError(
-                f"batch_size must be a multiple of data * expert partitions, got "
-                f"{array.shape[0] * processes} on {shards}: choose a multiple of {shards}."
-            )
+        check_batch_size(array.shape[0] * processes, mesh)
         return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
     return jax.tree.map(place, batch)

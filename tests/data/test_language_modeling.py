@@ -76,7 +76,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, name, data):
 def test_a_missing_split_or_file_is_refused(tmp_path):
     task = LanguageModelingTask("text", "train.txt")
     assert dict(task.splits) == {"train": "train.txt"}
-    with pytest.raises(InputError, match="needs the text file .*train.txt for its train split"):
+    with pytest.raises(InputError, match=r"needs the text file .*train\.txt for its train split"):
         list(task.read_documents(tmp_path, "train"))
     with pytest.raises(InputError, match="has the splits train, got 'validation'"):
         list(task.read_documents(tmp_path, "validation"))

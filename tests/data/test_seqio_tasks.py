@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,9 +81,9 @@ def build(task, data_dir, out, **options):
     )
 
 
-def evaluate(name, scores, **options):
+def evaluate(name: str, scores: np.ndarray, **options: Any) -> Any:
     """Runs seqio.Evaluator with the given row scores, in shuffled order."""
-    evaluator = seqio.Evaluator(
+    evaluator: Any = seqio.Evaluator(
         name, seqio.DecoderFeatureConverter(pack=False), eval_split="validation", **options
     )
 
@@ -197,15 +198,16 @@ def foreign_task():
     """A SeqIO task of somebody else's, with SeqIO's byte vocabulary and no options."""
     name = "data_test_foreign"
 
+    rows: Any = {"inputs": ["2+2", "1+10"], "targets": ["4", "11"]}
+
     def dataset_fn(split, shuffle_files=False, seed=None):
         del split, shuffle_files, seed
-        return tf.data.Dataset.from_tensor_slices(
-            {"inputs": ["2+2", "1+10"], "targets": ["4", "11"]}
-        )
+        return tf.data.Dataset.from_tensor_slices(rows)
 
+    source: Any = seqio.FunctionDataSource(dataset_fn, ["train"], num_input_examples={"train": 2})
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(dataset_fn, ["train"], num_input_examples={"train": 2}),
+        source=source,
         output_features={
             key: seqio.Feature(seqio.ByteVocabulary(), add_eos=key == "targets")
             for key in ("inputs", "targets")
@@ -225,7 +227,7 @@ def test_any_seqio_task_or_mixture_becomes_a_cache(foreign_task, tmp_path, kind)
     build(f"seqio:{name}", ".", tmp_path / "cache", progress=lambda *call: calls.append(call))
     cache = TokenCache.open(tmp_path / "cache" / "train")
     rows = [cache.tokens[a:b].tolist() for a, b in itertools.pairwise(cache.offsets)]
-    assert rows == [BYTES.encode("2+24") + [1], BYTES.encode("1+1011") + [1]]
+    assert rows == [[*BYTES.encode("2+24"), 1], [*BYTES.encode("1+1011"), 1]]
     assert cache.prompt_lengths.tolist() == [3, 4] and cache.kind == "text_to_text"
     assert [(ex.prompt, ex.targets) for ex in cache.examples()] == [
         ("2+2", ("4",)),
@@ -246,27 +248,22 @@ def test_long_inputs_lose_tokens_from_the_left_and_long_targets_are_refused(fore
 def test_a_foreign_task_with_options_is_ranked_by_accuracy(tmp_path):
     """`idx` and `is_correct` are what T5's rank_classification preprocessor writes."""
     name = "data_test_ranked"
+    rows: Any = {
+        "inputs": np.array([[5, 6]] * 4, np.int32),
+        "targets": np.array([[70, 1], [71, 1], [72, 1], [73, 1]], np.int32),
+        "idx": np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.int32),
+        "is_correct": np.array([False, True, True, False]),
+    }
 
     def dataset_fn(split, shuffle_files=False, seed=None):
         del split, shuffle_files, seed
-        return tf.data.Dataset.from_tensor_slices(
-            {
-                "inputs": [[5, 6]] * 4,
-                "targets": [[70, 1], [71, 1], [72, 1], [73, 1]],
-                "idx": [[0, 0], [0, 1], [1, 0], [1, 1]],
-                "is_correct": [False, True, True, False],
-            }
-        ).map(
-            lambda row: {
-                key: tf.cast(value, tf.bool if key == "is_correct" else tf.int32)
-                for key, value in row.items()
-            }
-        )
+        return tf.data.Dataset.from_tensor_slices(rows)
 
+    source: Any = seqio.FunctionDataSource(dataset_fn, ["validation"])
     feature = seqio.Feature(seqio_vocabulary(BYTES), add_eos=False)
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(dataset_fn, ["validation"]),
+        source=source,
         output_features={"inputs": feature, "targets": feature},
         preprocessors=[],
     )
@@ -322,7 +319,7 @@ def test_missing_files_are_found_at_registration(tmp_path):
 
 
 def test_unknown_tasks_and_other_vocabularies_are_refused(foreign_task, tmp_path):
-    with pytest.raises(InputError, match="must be registered before .*, got 'nothing'"):
+    with pytest.raises(InputError, match=r"must be registered before .*, got 'nothing'"):
         build("seqio:nothing", ".", tmp_path / "cache")
     other = ByteVocabulary()
     other.hash = "0" * 64

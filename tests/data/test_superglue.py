@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -248,7 +249,7 @@ def test_tfds_rows_become_the_same_examples(tmp_path, name):
     config = name.lower()
     official = tmp_path / "rows.jsonl"
     official.write_text(json.dumps(ROWS[name]) + "\n", encoding="utf-8")
-    builder = tfds.builder(f"super_glue/{config}", data_dir=str(tmp_path), try_gcs=False)
+    builder: Any = tfds.builder(f"super_glue/{config}", data_dir=str(tmp_path), try_gcs=False)
     rows = [row for _, row in builder._generate_examples(str(official), "validation")]
     task = superglue.from_tfds(config)
     with pytest.raises(InputError, match=f"super_glue/{config} must be prepared"):
@@ -272,5 +273,5 @@ def test_tfds_rows_become_the_same_examples(tmp_path, name):
 
 
 def test_an_unknown_tfds_config_is_refused():
-    with pytest.raises(InputError, match="must be one of boolq, .*, got 'axb'"):
+    with pytest.raises(InputError, match=r"must be one of boolq, .*, got 'axb'"):
         superglue.from_tfds("axb")

@@ -75,6 +75,7 @@ def test_the_right_answers_follow_from_the_words(data_dir):
         expected = {domain.negation: "No", domain.hedge: "Maybe"}.get(adverb, "Yes")
         assert ex.targets == (expected,)
     for ex in registry.get_task("synthetic_choice").read(data_dir, "train"):
+        assert ex.label is not None
         domains = [by_word[option.split()[1]] for option in ex.options]
         assert domains[ex.label] is by_word[ex.prompt.split()[1]] is not domains[1 - ex.label]
 
@@ -100,5 +101,5 @@ def test_nothing_is_overwritten(data_dir, tmp_path):
 
 def test_more_rows_than_there_are_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "DOMAINS", synthetic.DOMAINS[:2])
-    with pytest.raises(InputError, match="synthetic_entailment has about .* different rows"):
+    with pytest.raises(InputError, match=r"synthetic_entailment has about .* different rows"):
         synthetic.write_tasks(tmp_path, num_train=800, num_validation=1)

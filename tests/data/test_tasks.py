@@ -84,7 +84,7 @@ def test_short_and_long_names_give_one_task():
 def test_an_unknown_task_is_refused_with_the_nearest_names():
     with pytest.raises(InputError, match="got 'boolqq': nearest boolq"):
         registry.get_task("boolqq")
-    with pytest.raises(InputError, match="nearest .*superglue_wsc"):
+    with pytest.raises(InputError, match=r"nearest .*superglue_wsc"):
         registry.get_task("###")
 
 

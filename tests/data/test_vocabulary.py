@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -25,8 +26,9 @@ CORPUS = ["the cat sat on the mat", "a dog ran to the cat", "no or yes", "maybe 
 
 def write_sentencepiece(path, **options):
     stream = io.BytesIO()
+    train: Any = sentencepiece.SentencePieceTrainer.train
     defaults = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    sentencepiece.SentencePieceTrainer.train(
+    train(
         sentence_iterator=iter(CORPUS),
         model_writer=stream,
         vocab_size=40,

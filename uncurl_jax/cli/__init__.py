@@ -8,6 +8,7 @@ it needs when it runs.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -21,20 +22,43 @@ _GIN_PREFIX = "--gin."
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage text."""
+    """Says what is wrong in one sentence, without the usage text; options are never abbreviated."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help.\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what it does not know here, where the command's own options are known."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, list(self._option_string_actions), n=2)
+            remedy = f": nearest {', '.join(near)}" if near else ""
+            self.error(f"an argument must be one that the command takes, got {name}{remedy}")
+        return namespace, unknown
+
 
 def _count_list(text: str) -> int | tuple[int, ...]:
-    counts = tuple(int(part) for part in text.split(","))
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"counts must be whole numbers with commas between them, as 8 or 8,4, got {text!r}"
+        ) from None
     return counts[0] if len(counts) == 1 else counts
 
 
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
-    return int(index), int(count)
+    try:
+        return int(index), int(count)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a shard must be i/n with 0 <= i < n, as 0/4, got {text!r}"
+        ) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -169,9 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     bindings = [a.removeprefix(_GIN_PREFIX) for a in arguments if a.startswith(_GIN_PREFIX)]
     parser = build_parser()
-    options = vars(
-        parser.parse_args([a for a in arguments if not a.startswith(_GIN_PREFIX)])
-    )
+    options = vars(parser.parse_args([a for a in arguments if not a.startswith(_GIN_PREFIX)]))
     name = options.pop("command")
     files = options.pop("gin_file", [])
     # TensorFlow and XLA would mix their logs into the progress on stderr.
@@ -180,16 +202,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         default = commands.DEFAULT_GIN_FILES.get(name)
-        gin_config.parse(files or ([default] if default else []), bindings, commands.GIN_MODULES)
+        files = files or ([default] if default else [])
+        gin_config.parse(files, bindings, commands.GIN_MODULES[name])
         result = commands.COMMANDS[name](options)
     except InputError as error:
         return _fail(name, str(error))
     except OSError as error:
-        return _fail(name, f"The system refused: {error}.")
+        return _fail(name, f"The system refused to read or write, got {error}: see to it first.")
     except KeyboardInterrupt:
-        print(f"uncurl {name}: interrupted; the same command goes on.", file=sys.stderr)
+        print(f"uncurl {name}: interrupted; run the same command again.", file=sys.stderr)
         return 130
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         sentence = gin_config.explain(error)
         if sentence is None:
             raise

@@ -14,14 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import refuse_existing
-from uncurl_jax.cli.gin_config import configured
+from uncurl_jax.cli.gin_config import bound, configured
 from uncurl_jax.errors import InputError
 
 # Modules that --gin.X=Y may name, as `module.name.parameter`, without a gin file importing them.
-GIN_MODULES = ("uncurl_jax.config",)
+_STUDY_MODULES = ("uncurl_jax.config", "uncurl_jax.experiments.study")
+GIN_MODULES: dict[str, tuple[str, ...]] = {
+    "cache": ("uncurl_jax.data.token_cache",),
+    "train": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
+    "calibrate": ("uncurl_jax.evaluation.calibration",),
+    "plan": ("uncurl_jax.pruning.plan",),
+    "prune": ("uncurl_jax.checkpoints.transform",),
+    "evaluate": ("uncurl_jax.evaluation.evaluator",),
+    "inspect": (),
+    "sweep": (*_STUDY_MODULES, "uncurl_jax.experiments.sweep"),
+    "report": (),
+    "quickstart": (*_STUDY_MODULES, "uncurl_jax.experiments.quickstart"),
+}
 
 Options = dict[str, Any]
-_DEFAULT_MAX_LENGTH = 512
 
 # What a command is configured with if no --gin_file is given.
 DEFAULT_GIN_FILES = {"quickstart": "gin/runs/quickstart.gin"}
@@ -52,23 +63,73 @@ def _only_first_process(result: Any) -> Any:
     return result if jax.process_index() == 0 else None
 
 
-@contextlib.contextmanager
-def _open_task(options: Options, default_split: str) -> Iterator[Any]:
-    """Opens a token cache, or builds one for a named task in a temporary directory."""
-    from uncurl_jax.checkpoints import layout
-    from uncurl_jax.data.token_cache import TokenCache, build_token_cache
+def _check_writable(out: str | Path) -> None:
+    """Checks, before any work, that an output or what it lies in is a directory to write to."""
+    if "://" in str(out):
+        return
+    path = Path(out).absolute()
+    found = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):
+        reason = "cannot be written" if found.is_dir() else "is a file"
+        raise InputError(
+            f"An output must lie in a directory that can be written, got {out} where {found} "
+            f"{reason}: choose another --out."
+        )
 
-    task, split = options.pop("task"), options.pop("split", default_split)
+
+def _new_output(path: str) -> Path:
+    """Returns the path of an output that does not exist yet and can be written."""
+    out = refuse_existing(path)
+    _check_writable(path)
+    return out
+
+
+@contextlib.contextmanager
+def _open_task(
+    options: Options, default_split: str, *, is_evaluation: bool = False
+) -> Iterator[Any]:
+    """Opens a token cache, or builds one for a named task in a temporary directory.
+
+    With "seqio:<name>" the task comes from SeqIO: a registered one, or one of ours registered there
+    if --data_dir is given; an evaluation then leaves the metrics to SeqIO's Evaluator.
+    """
+    from uncurl_jax.checkpoints import layout
+    from uncurl_jax.data import registry
+    from uncurl_jax.data.cache_builder import SEQIO_PREFIX, build_token_cache
+    from uncurl_jax.data.token_cache import TokenCache
+    from uncurl_jax.data.vocabulary import load_vocabulary
+
+    task, given_split = options.pop("task"), options.pop("split", None)
+    split = given_split or default_split
     data_dir, vocabulary = options.pop("data_dir", None), options.get("vocabulary")
     path = Path(task)
     if path.is_dir():
         inner = path / split
-        yield TokenCache.open(inner if inner.is_dir() else path)
+        found = TokenCache.open(inner if inner.is_dir() else path)
+        if given_split is not None and found.split != given_split:
+            raise InputError(
+                f"--split must be the split of the token cache, got {given_split} for "
+                f"{found.directory}, which holds {found.split}: leave out one of them."
+            )
+        if vocabulary is not None:
+            loaded = load_vocabulary(vocabulary)
+            found.check_vocabulary(loaded.hash, loaded.name)
+        yield found
         return
+    if os.sep in task:
+        raise InputError(
+            f"--task must be a token cache's directory or a task's name, got {task}, which does "
+            "not exist: check the path."
+        )
     checkpoint = layout.resolve(options["checkpoint"])
-    if data_dir is None and not task.startswith("seqio:"):
-        from uncurl_jax.data import registry
-
+    if task.startswith(SEQIO_PREFIX):
+        name = task.removeprefix(SEQIO_PREFIX)
+        if data_dir is not None:
+            name = _register_with_seqio(name, data_dir, checkpoint, vocabulary)
+            task = SEQIO_PREFIX + name
+        if is_evaluation:
+            options["seqio_task"] = name
+    elif data_dir is None:
         registry.find_task(task)
         raise InputError(
             f"A named task needs its files, got --task {task} without --data_dir: pass "
@@ -86,20 +147,33 @@ def _open_task(options: Options, default_split: str) -> Iterator[Any]:
         yield TokenCache.open(Path(directory) / "cache" / split)
 
 
+def _register_with_seqio(name: str, data_dir: str, checkpoint: Any, vocabulary: str | None) -> str:
+    from uncurl_jax.data import registry, seqio_tasks
+    from uncurl_jax.data.vocabulary import load_vocabulary
+
+    return seqio_tasks.register_seqio_task(
+        registry.get_task(name),
+        data_dir,
+        load_vocabulary(vocabulary or checkpoint.vocabulary()["spec"]),
+        checkpoint.model_config().max_length,
+    )
+
+
 def cache(options: Options) -> Any:
     """`uncurl cache`."""
     from tqdm import tqdm
 
     from uncurl_jax.data import token_cache
 
-    out = refuse_existing(options.pop("out"))
-    options.setdefault("vocabulary", "bytes")
-    options.setdefault("max_length", _DEFAULT_MAX_LENGTH)
-    with tqdm(unit="row", desc="cache", file=sys.stderr) as bar:
+    out = _new_output(options.pop("out"))
+    done: dict[str, int] = {}
+    # The delay keeps an empty bar from standing before the sentence about a wrong input.
+    with tqdm(unit="row", desc="cache", file=sys.stderr, delay=1e-3) as bar:
 
         def show(split: str, rows: int) -> None:
             bar.set_description(f"cache {split}", refresh=False)
-            bar.update(max(rows - bar.n, 0) if rows > bar.n else rows)
+            bar.update(rows - done.get(split, 0))
+            done[split] = rows
 
         build = configured(token_cache.build_token_cache)
         manifests = build(out=out, progress=show, **options)
@@ -120,6 +194,7 @@ def train(options: Options) -> Any:
     _initialize_distributed(options)
     from uncurl_jax.training import trainer
 
+    _check_writable(options["out"])
     if "checkpoint" in options:
         options["initial_checkpoint"] = options.pop("checkpoint")
     result = configured(trainer.train)(**options)
@@ -139,7 +214,7 @@ def calibrate(options: Options) -> Any:
     _initialize_distributed(options)
     from uncurl_jax.evaluation import calibration
 
-    out = refuse_existing(options.pop("out"))
+    out = _new_output(options.pop("out"))
     with _open_task(options, "train") as task_cache:
         options.pop("vocabulary", None)
         run = configured(calibration.calibrate_checkpoint)
@@ -160,8 +235,12 @@ def plan(options: Options) -> Any:
     from uncurl_jax.pruning import plan as plan_lib
     from uncurl_jax.pruning.statistics import RouterStatistics
 
-    out = refuse_existing(options.pop("out"))
+    out = _new_output(options.pop("out"))
     statistics = RouterStatistics.load(options.pop("statistics"))
+    if "eval_capacity_factor" not in bound(plan_lib.make_plan):
+        # Overflow is predicted for the capacity that the statistics were taken at.
+        factor = statistics.manifest.get("eval_capacity_factor", 1.0)
+        options["eval_capacity_factor"] = factor
     result = configured(plan_lib.make_plan)(statistics, **options)
     result.save(out)
     for warning in result.warnings:
@@ -186,10 +265,12 @@ def prune(options: Options) -> Any:
     from uncurl_jax.checkpoints import transform
     from uncurl_jax.pruning.plan import PruningPlan
 
+    # Absolute, because Orbax refuses to write below a relative directory.
     out = options.pop("out")
+    out = out if "://" in out else os.path.abspath(_new_output(out))
     pruning_plan = PruningPlan.load(options.pop("plan"))
     source = options.pop("checkpoint")
-    with tqdm(desc="prune", file=sys.stderr, unit="step") as bar:
+    with tqdm(desc="prune", file=sys.stderr, unit="step", delay=1e-3) as bar:
 
         def show(stage: str, done: int, total: int) -> None:
             bar.set_description(f"prune: {stage}", refresh=False)
@@ -205,8 +286,8 @@ def evaluate(options: Options) -> Any:
     _initialize_distributed(options)
     from uncurl_jax.evaluation import evaluator
 
-    out = refuse_existing(options.pop("out"))
-    with _open_task(options, "validation") as task_cache:
+    out = _new_output(options.pop("out"))
+    with _open_task(options, "validation", is_evaluation=True) as task_cache:
         run = configured(evaluator.evaluate_checkpoint)
         summary = run(cache=task_cache, out=out, **options)
     return _only_first_process({"out": str(out), **summary})
@@ -241,6 +322,7 @@ def sweep(options: Options) -> Any:
     """`uncurl sweep`."""
     from uncurl_jax.experiments import sweep as sweep_lib
 
+    _check_writable(options["out"])
     records = configured(sweep_lib.run_sweep)(**options)
     return {"out": options["out"], "runs": len(records)}
 
@@ -264,6 +346,7 @@ def quickstart(options: Options) -> Any:
     from uncurl_jax.experiments import quickstart as quickstart_lib
     from uncurl_jax.experiments import report as report_lib
 
+    _check_writable(options["out"])
     result = configured(quickstart_lib.run_quickstart)(**options)
     print(report_lib.format_table(result["rows"]), file=sys.stderr)
     return {
@@ -284,4 +367,3 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "report": report,
     "quickstart": quickstart,
 }
-

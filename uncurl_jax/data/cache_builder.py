@@ -24,9 +24,9 @@ Progress = Callable[[str, int], None]
 def build_token_cache(
     task: Task | LanguageModelingTask | JsonlTask | str,
     *,
-    vocabulary: Vocabulary | str,
     out: str | Path,
-    max_length: int,
+    vocabulary: Vocabulary | str = "bytes",
+    max_length: int = 512,
     data_dir: str | Path = ".",
     splits: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -40,8 +40,8 @@ def build_token_cache(
     Args:
       task: a task, the name of a registered one, or "seqio:<name>" for a registered SeqIO task
         or mixture (`seqio_tasks.build_seqio_cache`).
-      vocabulary: a vocabulary or its spec.
       out: the directory to write; it must not exist.
+      vocabulary: a vocabulary or its spec.
       max_length: most tokens per row; longer rows lose tokens from the left of the prompt.
       data_dir: where the task's files lie.
       splits: which splits; None for all that the task has.

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +16,9 @@ from uncurl_jax.artifacts import refuse_existing
 from uncurl_jax.checkpoints import layout
 from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
+from uncurl_jax.data.token_cache import Batch, TokenCache
 from uncurl_jax.errors import InputError
-from uncurl_jax.evaluation.rank_classification import examples_that_divide
+from uncurl_jax.evaluation.rank_classification import examples_that_divide, row_length
 from uncurl_jax.models.decoder import Decoder
 from uncurl_jax.partitioning import local_rows, make_mesh, place_batch, replicated
 from uncurl_jax.pruning import calibration
@@ -29,6 +28,8 @@ from uncurl_jax.pruning.statistics import (
     layer_statistics,
     make_manifest,
 )
+
+_SAVE_EVERY_BATCHES = 100
 
 
 def router_observer(
@@ -40,11 +41,11 @@ def router_observer(
     """
     decoder = Decoder(config, mesh, num_groups)
 
-    def observe(params: Any, batch: Batch) -> dict[int, LayerStatistics]:
+    def observe(params: Any, batch: Any) -> dict[int, LayerStatistics]:
         _, sown = decoder.apply(
             {"params": params}, batch.inputs, batch.mask, mutable=["router_observations"]
         )
-        observations = sown["router_observations"]
+        observations: Any = sown["router_observations"]
         return {
             layer: layer_statistics(
                 **observations[f"layers_{layer}"]["moe"]["observation"][0], mask=batch.mask
@@ -147,6 +148,8 @@ def calibrate_checkpoint(
       InputError: If `out` exists, the vocabularies differ, or the model has no experts.
     """
     out = refuse_existing(out)
+    if max_batches is not None and max_batches < 1:
+        raise InputError(f"max_batches must be at least 1, or None for all, got {max_batches}.")
     path = layout.resolve(checkpoint)
     config = path.model_config()
     if not config.moe_layers:
@@ -154,24 +157,35 @@ def calibrate_checkpoint(
             f"Calibration needs a model with experts, got the dense {path}: choose another."
         )
     cache.check_vocabulary(path.vocabulary()["hash"])
-    length = min(bucket_length(cache.max_row_length), config.max_length)
+    length = row_length(config, cache)
     mesh = make_mesh(expert_partitions=expert_partitions, model_partitions=model_partitions)
     mesh = mesh if mesh.size > 1 else None
     model = load_model(path, mesh)
     if is_dropless:
         model = model._replace(config=dataclasses.replace(config, eval_capacity_factor=None))
     partial = out.with_name(f".{out.name}.resume.npz")
-    statistics = calibrate_model(
-        model,
-        cache,
-        batch_size=examples_that_divide(batch_size, mesh),
-        length=length,
-        max_batches=max_batches,
-        partial=partial,
-        save_every=100,
-        quiet=quiet,
-    )
+    is_resumed = partial.exists()
+    try:
+        statistics = calibrate_model(
+            model,
+            cache,
+            batch_size=examples_that_divide(batch_size, mesh),
+            length=length,
+            max_batches=max_batches,
+            partial=partial,
+            save_every=_SAVE_EVERY_BATCHES,
+            quiet=quiet,
+        )
+    except InputError as error:
+        # A parameter that is not finite spoils later layers too: name it, not what it spoiled.
+        layout.check_finite(path)
+        if is_resumed:
+            raise InputError(
+                f"{error} (A calibration that was interrupted left {partial}: remove it to begin "
+                "afresh.)"
+            ) from None
+        raise
     if jax.process_index() == 0:
         statistics.save(out)
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return statistics

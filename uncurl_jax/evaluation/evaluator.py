@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -20,12 +21,13 @@ from uncurl_jax.artifacts import atomic_file, refuse_existing, write_json
 from uncurl_jax.checkpoints import layout
 from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.data import metrics
-from uncurl_jax.data.cache_writer import RANK_CLASSIFICATION
-from uncurl_jax.data.token_cache import TokenCache, bucket_length
+from uncurl_jax.data.cache_writer import LANGUAGE_MODELING, RANK_CLASSIFICATION
+from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.data.vocabulary import Vocabulary, load_vocabulary
 from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation import generation, rank_classification
-from uncurl_jax.evaluation.rank_classification import RowScores, examples_that_divide
+from uncurl_jax.evaluation.rank_classification import examples_that_divide, row_length
+from uncurl_jax.evaluation.seqio_evaluator import check_seqio_task, seqio_metrics
 from uncurl_jax.partitioning import make_mesh
 
 RANK, GENERATE = "rank", "generate"
@@ -53,6 +55,7 @@ def evaluate_model(
     is_length_normalized: bool = False,
     vocabulary: Vocabulary | None = None,
     max_new_tokens: int = 16,
+    seqio_task: str | None = None,
     quiet: bool = False,
 ) -> Evaluation:
     """Evaluates a loaded model on one split.
@@ -67,29 +70,59 @@ def evaluate_model(
       is_length_normalized: in "rank", divide log-likelihoods by the tokens of the option.
       vocabulary: needed by "generate".
       max_new_tokens: in "generate".
+      seqio_task: name of the SeqIO task that the cache was built from; its own metric functions
+        are applied by SeqIO's Evaluator and replace those of the cache.
       quiet: no progress bar.
 
     Returns:
       Summary and predictions; scores in percent, losses in nats per token.
+
+    Raises:
+      InputError: If the mode, the split's labels, the row lengths or the parameters do not permit
+        it.
     """
     started = time.perf_counter()
-    settings = {
+    if examples_per_batch < 1:
+        raise InputError(f"examples_per_batch must be at least 1, got {examples_per_batch}.")
+    if cache.kind == RANK_CLASSIFICATION:
+        # Before the work: the split must have labels, and the task metrics.
+        metrics.check_predictions(cache.examples(), [0] * cache.manifest["examples"])
+        cache.score()
+    settings: dict[str, Any] = {
         "mode": mode,
         "is_length_normalized": is_length_normalized,
-        "examples_per_batch": examples_per_batch,
+        "examples_per_batch": examples_that_divide(examples_per_batch, model.mesh),
         "eval_capacity_factor": model.config.eval_capacity_factor,
     }
-    if cache.kind != RANK_CLASSIFICATION:
-        settings["mode"] = "loss"
-        part, predictions = _loss(model, cache, examples_per_batch, quiet)
-    elif mode == RANK:
-        part, predictions = _rank(model, cache, examples_per_batch, is_length_normalized, quiet)
-    elif vocabulary is None:
-        raise InputError("Generation needs a vocabulary to decode with: pass --vocabulary.")
-    else:
-        part, predictions = _generate(
-            model, cache, vocabulary, examples_per_batch, max_new_tokens, quiet
+    own: dict[str, Any]
+    if mode == GENERATE:
+        if cache.kind == LANGUAGE_MODELING:
+            raise InputError(
+                f"Generation needs a task with prompts, got the plain text {cache.task}: leave out "
+                "--mode to measure its loss."
+            )
+        if vocabulary is None:
+            raise InputError("Generation needs a vocabulary to decode with: pass --vocabulary.")
+        outputs = _generate(model, cache, vocabulary, examples_per_batch, max_new_tokens, quiet)
+        part, predictions = _matched(cache, vocabulary, outputs)
+        settings |= {"eval_capacity_factor": None, "max_new_tokens": max_new_tokens}
+        room = model.config.max_length - max_new_tokens
+        part["num_shortened_prompts"] = int(np.sum(_prompt_lengths(cache) > room))
+        own = {"generate": lambda _: outputs}
+    elif cache.kind == RANK_CLASSIFICATION:
+        part, predictions, scores = _rank(
+            model, cache, examples_per_batch, is_length_normalized, quiet
         )
+        own = {"row_scores": scores}
+    else:
+        settings["mode"] = "loss"
+        part, predictions, scores = _loss(model, cache, examples_per_batch, quiet)
+        own = {"row_scores": scores}
+    if seqio_task is not None:
+        step = model.checkpoint.step
+        values = seqio_metrics(seqio_task, split=cache.split, step=step, **own)
+        part["score"] = values.pop("score", next(iter(values.values())))
+        part |= {"metrics": values, "metrics_by": "seqio.Evaluator"}
     summary = {
         "task": cache.task,
         "split": cache.split,
@@ -109,23 +142,13 @@ def evaluate_model(
     return Evaluation(summary, predictions)
 
 
-def _length(model: LoadedModel, cache: TokenCache) -> int:
-    if cache.max_row_length > model.config.max_length:
-        raise InputError(
-            f"Rows must fit the model's max_length={model.config.max_length}, got up to "
-            f"{cache.max_row_length} tokens in {cache.directory}: build it with a smaller "
-            "--max_length."
-        )
-    return min(bucket_length(cache.max_row_length), model.config.max_length)
-
-
 def _rank(
     model: LoadedModel, cache: TokenCache, examples_per_batch: int, normalize: bool, quiet: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
     size = examples_that_divide(examples_per_batch, model.mesh)
     scores = rank_classification.score_rows(
         model,
-        cache.option_batches(size, length=_length(model, cache)),
+        cache.option_batches(size, length=row_length(model.config, cache)),
         num_rows=cache.num_rows,
         num_batches=-(-cache.num_rows // (size * cache.max_options)),
         quiet=quiet,
@@ -149,7 +172,7 @@ def _rank(
         )
     part = _scored(cache, predicted)
     part["fraction_tokens_left_behind"] = scores.fraction_tokens_left_behind
-    return part, rows
+    return part, rows, values
 
 
 def _scored(cache: TokenCache, predicted: list[int]) -> dict[str, Any]:
@@ -175,12 +198,14 @@ def _scored(cache: TokenCache, predicted: list[int]) -> dict[str, Any]:
 
 def _loss(
     model: LoadedModel, cache: TokenCache, rows_per_batch: int, quiet: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
     size = examples_that_divide(rows_per_batch, model.mesh)
-    batches = cache.sequential_batches(size, length=_length(model, cache))
+    batches = cache.sequential_batches(size, length=row_length(model.config, cache))
     rows = np.flatnonzero(cache.is_target)
     ids = (
-        np.pad(rows[start : start + size], (0, max(0, start + size - len(rows))), constant_values=-1)
+        np.pad(
+            rows[start : start + size], (0, max(0, start + size - len(rows))), constant_values=-1
+        )
         for start in range(0, len(rows), size)
     )
     scores = rank_classification.score_rows(
@@ -203,7 +228,7 @@ def _loss(
         "num_tokens": int(tokens.sum()),
         "fraction_tokens_left_behind": scores.fraction_tokens_left_behind,
     }
-    return part, []
+    return part, [], scores.log_likelihood
 
 
 def _normalize(text: str) -> str:
@@ -235,12 +260,19 @@ def _generate(
     examples_per_batch: int,
     max_new_tokens: int,
     quiet: bool,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> list[list[int]]:
+    """Continues the prompt of every example greedily; long prompts lose tokens from the left."""
     cache.check_vocabulary(vocabulary.hash)
-    examples = cache.examples()
     room = model.config.max_length - max_new_tokens
-    prompts = [cache.prompt(index)[-room:] for index in range(len(examples))]
-    rows, predicted, unmatched = [], [], 0
+    if max_new_tokens < 1 or room < 1:
+        raise InputError(
+            f"max_new_tokens must be at least 1 and below max_length={model.config.max_length}, "
+            f"got {max_new_tokens}: choose another."
+        )
+    if not all(bool(jnp.isfinite(array).all()) for array in jax.tree.leaves(model.params)):
+        layout.check_finite(model.checkpoint)
+    prompts = [cache.prompt(index)[-room:] for index in range(cache.manifest["examples"])]
+    outputs: list[list[int]] = []
     starts = tqdm(
         range(0, len(prompts), examples_per_batch),
         desc="generate",
@@ -253,31 +285,59 @@ def _generate(
         part = prompts[start : start + examples_per_batch]
         # One batch shape, one compiled program: the last batch repeats its last prompt.
         filled = part + part[-1:] * (examples_per_batch - len(part))
-        outputs = generation.generate(
+        tokens = generation.generate(
             model, filled, max_new_tokens=max_new_tokens, eos_id=vocabulary.eos_id
         )
-        for example, tokens in zip(examples[start:], outputs[: len(part)], strict=False):
-            text = vocabulary.decode(tokens)
-            option = match_option(text, example.options)
-            unmatched += option == _NO_MATCH
-            # A text that matches no option is wrong: it counts as an option that is not right.
-            wrong = next(
-                (i for i in range(len(example.options)) if i not in example.correct_options), 0
-            )
-            predicted.append(wrong if option == _NO_MATCH else option)
-            rows.append(
-                {
-                    "idx": example.idx,
-                    "group": list(example.group),
-                    "label": example.label,
-                    "prediction": option,
-                    "text": text,
-                }
-            )
-    summary = _scored(cache, predicted)
-    summary.pop("prediction_counts", None)
+        outputs.extend(tokens[: len(part)])
+    return outputs
+
+
+def _prompt_lengths(cache: TokenCache) -> np.ndarray:
+    """Returns the tokens of each example's prompt, [example] int."""
+    firsts = [cache.rows_of(index)[0] for index in range(cache.manifest["examples"])]
+    return cache.prompt_lengths[firsts]
+
+
+def _matched(
+    cache: TokenCache, vocabulary: Vocabulary, outputs: list[list[int]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Matches generated texts with the options and scores them."""
+    rows, predicted, unmatched = [], [], 0
+    for example, tokens in zip(cache.examples(), outputs, strict=True):
+        text = vocabulary.decode(tokens)
+        option = match_option(text, example.options)
+        unmatched += option == _NO_MATCH
+        # A text that matches no option is wrong: it counts as an option that is not right.
+        wrong = next(
+            (i for i in range(len(example.options)) if i not in example.correct_options), 0
+        )
+        predicted.append(wrong if option == _NO_MATCH else option)
+        rows.append(
+            {
+                "idx": example.idx,
+                "group": list(example.group),
+                "label": example.label,
+                "prediction": option,
+                "text": text,
+            }
+        )
     # Decoding is dropless (models.decoder.Decoder), so no token is left behind.
-    return {**summary, "num_unmatched": unmatched, "fraction_tokens_left_behind": 0.0}, rows
+    summary: dict[str, Any] = {"num_unmatched": unmatched, "fraction_tokens_left_behind": 0.0}
+    if cache.kind == RANK_CLASSIFICATION:
+        summary = _scored(cache, predicted) | summary
+        summary.pop("prediction_counts", None)
+    else:
+        right = [row["prediction"] != _NO_MATCH for row in rows]
+        draws = np.random.default_rng(0).integers(0, len(right), (1000, len(right)))
+        samples = 100.0 * np.mean(np.asarray(right)[draws], axis=1)
+        score = 100.0 * float(np.mean(right))
+        summary |= {
+            "score": score,
+            "interval": [float(bound) for bound in np.percentile(samples, [2.5, 97.5])],
+            "metrics": {"exact_match": score},
+            "num_examples": len(right),
+        }
+    return summary, rows
 
 
 def evaluate_checkpoint(
@@ -291,6 +351,7 @@ def evaluate_checkpoint(
     is_dropless: bool = False,
     vocabulary: str | None = None,
     max_new_tokens: int = 16,
+    seqio_task: str | None = None,
     expert_partitions: int = 1,
     model_partitions: int = 1,
     quiet: bool = False,
@@ -307,6 +368,7 @@ def evaluate_checkpoint(
       is_dropless: no capacity limit, whatever the model's evaluation capacity factor.
       vocabulary: spec for "generate"; the checkpoint's own by default.
       max_new_tokens: in "generate".
+      seqio_task: see `evaluate_model`.
       expert_partitions: of the device mesh.
       model_partitions: of the device mesh.
       quiet: no progress bar.
@@ -321,6 +383,8 @@ def evaluate_checkpoint(
     predictions_file = refuse_existing(out.with_name(f"{out.stem}.predictions.jsonl"))
     if mode not in (RANK, GENERATE):
         raise InputError(f'mode must be "{RANK}" or "{GENERATE}", got {mode!r}.')
+    if seqio_task is not None:
+        check_seqio_task(seqio_task, is_generating=mode == GENERATE)
     path = layout.resolve(checkpoint)
     record = path.vocabulary()
     cache.check_vocabulary(record["hash"])
@@ -339,6 +403,7 @@ def evaluate_checkpoint(
         is_length_normalized=is_length_normalized,
         vocabulary=loaded,
         max_new_tokens=max_new_tokens,
+        seqio_task=seqio_task,
         quiet=quiet,
     )
     if jax.process_index() == 0:
@@ -352,13 +417,3 @@ def write_evaluation(evaluation: Evaluation, out: Path, predictions_file: Path) 
         text = "".join(json.dumps(row) + "\n" for row in evaluation.predictions)
         partial.write_text(text, encoding="utf-8")
     write_json(out, evaluation.summary)
-
-
-__all__ = [
-    "Evaluation",
-    "RowScores",
-    "evaluate_checkpoint",
-    "evaluate_model",
-    "match_option",
-    "write_evaluation",
-]

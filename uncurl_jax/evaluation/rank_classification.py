@@ -13,9 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from uncurl_jax.checkpoints import layout
 from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.data.token_cache import Batch
+from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
+from uncurl_jax.errors import InputError
 from uncurl_jax.models.decoder import Decoder, moe_metrics, token_log_probabilities
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, local_rows, place_batch, replicated
 
@@ -39,7 +41,7 @@ class RowScores(NamedTuple):
 def _compiled_scores(config: ModelConfig, mesh: Mesh | None) -> Any:
     decoder = Decoder(config, mesh)
 
-    def scores(params: Any, batch: Batch) -> dict[str, jax.Array]:
+    def scores(params: Any, batch: Any) -> dict[str, jax.Array]:
         logits, sown = decoder.apply(
             {"params": params}, batch.inputs, batch.mask, mutable=["intermediates"]
         )
@@ -73,6 +75,10 @@ def score_rows(
 
     Returns:
       Scores of every row; rows that no batch held are NaN with 0 tokens.
+
+    Raises:
+      InputError: If a score is not finite because a parameter is not; names parameter and expert.
+      RuntimeError: If a score is not finite for another reason.
     """
     log_likelihood = np.full(num_rows, np.nan)
     num_tokens = np.zeros(num_rows)
@@ -95,6 +101,12 @@ def score_rows(
         weight = float(batch.mask.sum())
         left_behind += float(out["left_behind"]) * weight
         total += weight
+    if not np.isfinite(log_likelihood[num_tokens > 0]).all():
+        layout.check_finite(model.checkpoint)
+        raise RuntimeError(
+            f"Log-likelihoods must be finite, got NaN or infinity from {model.checkpoint}, whose "
+            "parameters are finite: its activations overflow; evaluate it in float32."
+        )
     return RowScores(log_likelihood, num_tokens, left_behind / max(total, 1.0))
 
 
@@ -102,8 +114,22 @@ def _place(batch: Batch, mesh: Mesh | None) -> Any:
     return place_batch(batch if mesh is None else local_rows(batch), mesh)
 
 
+def row_length(config: ModelConfig, cache: TokenCache) -> int:
+    """Returns the padded length of a cache's rows.
+
+    Raises:
+      InputError: If a row is longer than the model can read.
+    """
+    if cache.max_row_length > config.max_length:
+        raise InputError(
+            f"Rows must fit the model's max_length={config.max_length}, got up to "
+            f"{cache.max_row_length} tokens in {cache.directory}: build it with a smaller "
+            "--max_length."
+        )
+    return min(bucket_length(cache.max_row_length), config.max_length)
+
+
 def examples_that_divide(examples_per_batch: int, mesh: Mesh | None) -> int:
     """Rounds up to a multiple of the devices that hold tokens."""
     shards = axis_size(mesh, TOKEN_AXES) if mesh is not None else 1
     return -(-examples_per_batch // shards) * shards
-

@@ -147,7 +147,9 @@ def draw_scores(rows: Sequence[Mapping[str, Any]]) -> Figure:
             },
         }[kind]
         # Series of one size stand beside each other rather than on top of each other.
-        shift = 2 ** (0.07 * (place - (len(pruned) - 1) / 2)) if kind == "pruned" else 1.0
+        middle = len(pruned) / 2
+        steps = {"pruned": place - middle + 0.5, "scratch": -middle - 0.5, "unpruned": 0.0}[kind]
+        shift = 2 ** (0.06 * steps)
         for source in dict.fromkeys(row["source_num_experts"] for row in members):
             part = [row for row in members if row["source_num_experts"] == source]
             scores = np.array([row["score"] for row in part])
@@ -237,7 +239,9 @@ def _prune_name(plan: PruningPlan) -> str:
 def draw_clusters(task: str, plan: PruningPlan) -> Figure:
     """Draws which experts of each layer were merged: colour is cluster size, text the cluster."""
     widest = max(layer.num_experts for layer in plan.layers)
-    canvas = Canvas(figsize=(max(_WIDTH_INCHES, 0.9 + 0.2 * widest), 1.1 + 0.27 * len(plan.layers)))
+    cell_inches = 0.2 if widest <= _MAX_LABELLED_EXPERTS else 0.09
+    width = max(_WIDTH_INCHES, 0.9 + cell_inches * widest)
+    canvas = Canvas(figsize=(width, 1.1 + 0.27 * len(plan.layers)))
     axes = canvas.add_subplot()
     largest = max(max(layer.cluster_sizes) for layer in plan.layers)
     colours = mpl.colormaps["cividis_r"]
@@ -348,10 +352,11 @@ def draw_loads(task: str, plan: PruningPlan) -> Figure:
         left.set_ylabel(f"layer {layer.layer}", rotation=0, ha="right", va="center", labelpad=14)
     grid[0, 0].set_title(f"before: {_range({p.num_experts for p in plan.layers})} experts")
     grid[0, 1].set_title(f"after: {_range({p.num_clusters for p in plan.layers})} experts")
+    # Three tenths of an inch below the lowest axes, which end at 0.11 of the height.
     canvas.supxlabel(
         "experts, busiest first; height is % of the layer's tokens",
         fontsize=9,
-        y=0.02 if rows > 3 else -0.06,
+        y=0.11 - 0.3 / canvas.get_size_inches()[1],
     )
     caption = (
         f"{task}, {_prune_name(plan)}: load per expert on the task's tokens, before pruning and as "

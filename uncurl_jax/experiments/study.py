@@ -40,6 +40,8 @@ class StudyConfig:
       examples_per_batch: in evaluation.
       is_length_normalized: in rank classification.
       is_dropless_evaluation: evaluate without capacity limit, whatever the model says.
+      keep_checkpoints: False removes a run's pruned, warmed-up and fine-tuned checkpoints once it
+        is evaluated; plans, metrics and pretrained models stay.
     """
 
     title: str
@@ -65,6 +67,7 @@ class StudyConfig:
     examples_per_batch: int = 16
     is_length_normalized: bool = False
     is_dropless_evaluation: bool = False
+    keep_checkpoints: bool = True
 
     def __post_init__(self):
         for name in ("tasks", "source_num_experts", "methods", "routers", "seeds"):

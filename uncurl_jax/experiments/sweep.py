@@ -6,7 +6,8 @@ Layout of a study's directory (with --shard, of each shard_<i>_of_<n>/ in it):
   caches/<task>/{train,validation}    token caches
   pretrained/<n>_experts/             checkpoints
   calibration/<n>_experts/<task>.npz  router statistics
-  runs/<run>/                         pruning_plan.json, pruned/, warmed_up/, finetuned/, metrics.json
+  runs/<run>/                         pruning_plan.json, pruned/, warmed_up/, finetuned/ and
+                                      metrics.json
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 from uncurl_jax import __version__
-from uncurl_jax.artifacts import append_json_line, read_json, read_json_lines, write_json
+from uncurl_jax.artifacts import (
+    append_json_line,
+    atomic_file,
+    read_json,
+    read_json_lines,
+    write_json,
+)
 from uncurl_jax.checkpoints.inspect import describe
 from uncurl_jax.checkpoints.transform import prune_checkpoint
 from uncurl_jax.config import TrainConfig
@@ -38,8 +46,12 @@ from uncurl_jax.evaluation.calibration import calibrate_checkpoint
 from uncurl_jax.evaluation.evaluator import evaluate_checkpoint
 from uncurl_jax.experiments import study
 from uncurl_jax.experiments.study import PRUNED, StudyConfig, WorkItem, task_name
+from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh
+from uncurl_jax.pruning.affinity import AFFINITIES
+from uncurl_jax.pruning.choices import require_choice
 from uncurl_jax.pruning.methods import get_method
 from uncurl_jax.pruning.plan import FILE_NAME, PruningPlan, make_plan
+from uncurl_jax.pruning.router import TREATMENTS
 from uncurl_jax.pruning.statistics import RouterStatistics
 from uncurl_jax.training import trainer
 
@@ -73,17 +85,17 @@ def run_sweep(
     Raises:
       InputError: If `out` holds a study with other settings, or a task or its data is missing.
     """
-    directory = Path(out)
+    # Absolute, because Orbax refuses to write below a relative directory.
+    directory = Path(os.path.abspath(out))
     items = study.work_items(config)
     if shard is not None:
         directory /= f"shard_{shard[0]}_of_{shard[1]}"
         items = study.shard(items, *shard)
-    for method in config.methods:
-        get_method(method)
+    _check_choices(config)
     runner = _Runner(config, directory, data_dir, cache_dir, quiet)
     runner.check()
     runner.write_study()
-    records = read_json_lines(directory / RUNS_FILE) if (directory / RUNS_FILE).exists() else []
+    records = _read_records(directory / RUNS_FILE)
     finished = {record["run"] for record in records}
     bar = tqdm(
         items,
@@ -98,6 +110,40 @@ def run_sweep(
             record = runner.run(item)
             append_json_line(directory / RUNS_FILE, record)
             records.append(record)
+        if not config.keep_checkpoints:
+            runner.remove_checkpoints(item)
+    return records
+
+
+def _check_choices(config: StudyConfig) -> None:
+    """Raises InputError if a name is unknown or a batch does not divide among the devices."""
+    for method in config.methods:
+        get_method(method)
+    for router in config.routers:
+        require_choice("routers", router, TREATMENTS)
+    require_choice("affinity", config.affinity, AFFINITIES)
+    for name in ("pretrain", "warmup", "finetune"):
+        stage = getattr(config, name)
+        mesh = make_mesh(
+            expert_partitions=stage.expert_partitions, model_partitions=stage.model_partitions
+        )
+        shards = axis_size(mesh, TOKEN_AXES)
+        if stage.batch_size % shards:
+            raise InputError(
+                f"{name}.batch_size must be a multiple of the {shards} devices that share a batch, "
+                f"got {stage.batch_size}: choose a multiple, or hide some of the devices."
+            )
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole records; removes one cut short at the end, which would spoil the next."""
+    if not path.exists():
+        return []
+    records = read_json_lines(path)
+    if not path.read_bytes().endswith(b"\n"):
+        with atomic_file(path) as partial:
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            partial.write_text(text, encoding="utf-8")
     return records
 
 
@@ -122,20 +168,26 @@ class _Runner:
     def check(self) -> None:
         """Checks tasks, files and vocabulary before any work."""
         vocabulary = load_vocabulary(self._config.vocabulary)
+        corpus = task_name(self._config.corpus)
         for name, task in self._tasks.items():
             if (self._cache_dir / name).exists():
                 for split in ("train", "validation"):
-                    if name == task_name(self._config.corpus) and split == "validation":
+                    if name == corpus and split == "validation":
                         continue
                     cache = TokenCache.open(self._cache_dir / name / split)
                     cache.check_vocabulary(vocabulary.hash, vocabulary.name)
+                    if name != corpus:
+                        cache.score()
                 continue
             if self._data_dir is None:
                 raise InputError(
                     f"Task {name} needs a token cache in {self._cache_dir / name} or a data "
                     "directory to build it from: pass --data_dir or --cache_dir."
                 )
-            found: Any = registry.find_task(task) if isinstance(task, str) else task
+            found: Any = task
+            if isinstance(task, str):
+                is_corpus = name == corpus
+                found = registry.find_task(task) if is_corpus else registry.get_task(task)
             for split in found.splits:
                 found.source_files(self._data_dir, split)
 
@@ -148,10 +200,12 @@ class _Runner:
         path = self._directory / STUDY_FILE
         settings = json.loads(json.dumps(dataclasses.asdict(self._config)))
         if path.exists():
-            if read_json(path)["config"] != settings:
+            begun = read_json(path)["config"]
+            differing = [name for name in settings if begun.get(name) != settings[name]]
+            if begun != settings:
                 raise InputError(
-                    f"A study goes on with the settings it began with, got others than {path}: "
-                    "restore them or choose another --out."
+                    f"A study goes on with the settings it began with, got other values of "
+                    f"{', '.join(differing)} than {path}: restore them or choose another --out."
                 )
             return
         value = {
@@ -184,9 +238,7 @@ class _Runner:
             pruned = checkpoint
             checkpoint = timed(
                 "warmup",
-                lambda: self._trained(
-                    self._config.warmup, item, pruned, home / "warmed_up"
-                ),
+                lambda: self._trained(self._config.warmup, item, pruned, home / "warmed_up"),
             )
         initial = checkpoint
         checkpoint = timed(
@@ -196,6 +248,11 @@ class _Runner:
         metrics = read_json(timed("evaluate", lambda: self._metrics(item, checkpoint, home)))
         seconds["total"] = round(time.perf_counter() - started, 3)
         return self._record(item, checkpoint, metrics, plan, seconds)
+
+    def remove_checkpoints(self, item: WorkItem) -> None:
+        """Removes what `keep_checkpoints` False does not keep of a recorded run."""
+        for name in ("pruned", "warmed_up", "finetuned"):
+            shutil.rmtree(self._directory / "runs" / item.run / name, ignore_errors=True)
 
     def _record(
         self,
@@ -218,7 +275,9 @@ class _Runner:
             "parameters": model["parameters"],
             "active_parameters": model["active_parameters"],
             "bytes": model["bytes"],
-            "checkpoint": checkpoint.relative_to(self._directory).as_posix(),
+            "checkpoint": checkpoint.relative_to(self._directory).as_posix()
+            if self._config.keep_checkpoints
+            else None,
             "plan": None if plan is None else plan.relative_to(self._directory).as_posix(),
             "seconds": seconds,
             "versions": _versions(),
@@ -232,7 +291,7 @@ class _Runner:
                 vocabulary=self._config.vocabulary,
                 out=path,
                 max_length=self._config.row_length,
-                data_dir=self._data_dir or ".",
+                data_dir=os.fspath(self._data_dir or "."),
             )
         return path
 

@@ -1,0 +1,1 @@
+"""The decoder and its mixture-of-experts layers, on one device or a mesh."""

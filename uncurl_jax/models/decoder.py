@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -41,7 +42,13 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, positions: jax.Array, *, is_training: bool, decode: bool
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        *,
+        is_training: bool,
+        decode: bool,
     ) -> jax.Array:
         """Maps [b, l, d] to [b, l, d] in the compute dtype; see Decoder for the arguments."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -149,7 +156,7 @@ def logical_axes(config: ModelConfig) -> Any:
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
-    """Returns the parameter tree as float32 ShapeDtypeStructs, with shardings if a mesh is given."""
+    """Returns the tree of float32 ShapeDtypeStructs, with shardings if a mesh is given."""
     boxed = _boxed_abstract_params(config)
     params = nn.meta.unbox(boxed)
     if mesh is None:
@@ -168,15 +175,21 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Par
 
     The values depend on `seed` alone, not on the mesh.
     """
+    return _compiled_init(config, mesh)(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_init(config: ModelConfig, mesh: Mesh | None) -> Callable[[jax.Array], Params]:
+    """Returns the compiled function from a key to parameters, one for all seeds."""
     tokens = jnp.zeros((1, min(2, config.max_length)), jnp.int32)
 
-    def init(key: jax.Array) -> Any:
+    def init(key: jax.Array) -> Params:
         return nn.meta.unbox(Decoder(config).init(key, tokens)["params"])
 
     shardings = None
     if mesh is not None:
         shardings = jax.tree.map(lambda array: array.sharding, abstract_params(config, mesh))
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=shardings)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -202,7 +215,7 @@ def moe_metrics(intermediates: Any) -> dict[str, jax.Array]:
             values[name].append(value)
     zero = jnp.zeros((), jnp.float32)
     return {
-        name: (sum(found) if name.endswith("_loss") else sum(found) / len(found)) if found else zero
+        name: sum(found, zero) / (1 if name.endswith("_loss") else max(len(found), 1))
         for name, found in values.items()
     }
 

@@ -134,7 +134,10 @@ def apply_with_capacity(
     """Gives each expert `capacity` slots per group; assignments beyond them are dropped.
 
     Args:
-      x: [g, t, d] local tokens; expert_index, gate: [g, t, k]; mask: [g, t].
+      x: [g, t, d] local tokens.
+      expert_index: [g, t, k].
+      gate: [g, t, k].
+      mask: [g, t].
       experts: this device's experts.
       capacity: c.
       num_experts: experts with slots, those of every device together, padding included.
@@ -189,8 +192,13 @@ def apply_moe(
     if mesh is None:
         if capacity is None:
             groups, tokens, dim = x.shape
-            flat = (array.reshape(groups * tokens, -1) for array in (x, expert_index, gate))
-            out = apply_dropless(*flat, mask.reshape(-1), experts)
+            out = apply_dropless(
+                x.reshape(groups * tokens, dim),
+                expert_index.reshape(groups * tokens, -1),
+                gate.reshape(groups * tokens, -1),
+                mask.reshape(-1),
+                experts,
+            )
             return out._replace(
                 y=out.y.reshape(groups, tokens, dim), is_kept=out.is_kept.reshape(gate.shape)
             )
@@ -216,17 +224,22 @@ def _apply_moe_on_mesh(x, expert_index, gate, mask, experts, *, capacity, mesh) 
     model = "model" if mesh.shape["model"] > 1 and mlp_dim % mesh.shape["model"] == 0 else None
     expert_axis = "expert" if expert_partitions > 1 else None
     spec = PartitionSpec
-    expert_specs = Experts(
-        wi=spec("expert", None, model),
-        wi_bias=spec("expert", model),
-        wo=spec("expert", model, None),
-        wo_bias=spec("expert", None),
+    # _make, because these tuples hold specs in the places of arrays: wi, wi_bias, wo, wo_bias.
+    expert_specs = Experts._make(
+        [
+            spec("expert", None, model),
+            spec("expert", model),
+            spec("expert", model, None),
+            spec("expert", None),
+        ]
     )
 
     def body(x, expert_index, gate, mask, experts) -> MoeOutput:
         if capacity is None and expert_axis is None:
             out = jax.vmap(
-                lambda *token_arrays: apply_dropless(*token_arrays, experts, model_axis=model)
+                lambda x_g, index_g, gate_g, mask_g: apply_dropless(
+                    x_g, index_g, gate_g, mask_g, experts, model_axis=model
+                )
             )(x, expert_index, gate, mask)
             num_slots = out.num_slots.sum()
         else:
@@ -249,6 +262,6 @@ def _apply_moe_on_mesh(x, expert_index, gate, mask, experts, *, capacity, mesh) 
         body,
         mesh=mesh,
         in_specs=(tokens, tokens, tokens, tokens, expert_specs),
-        out_specs=MoeOutput(y=tokens, is_kept=tokens, num_slots=spec()),
+        out_specs=MoeOutput._make([tokens, tokens, spec()]),
         check_vma=False,
     )(x, expert_index, gate, mask, experts)

@@ -1,6 +1,8 @@
-"""The mixture-of-experts layer as a Flax module: parameters, router, metrics around pure functions."""
+"""The mixture-of-experts layer as a Flax module: parameters, router and metrics."""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -150,13 +152,15 @@ class ExpertParameters(nn.Module):
     def __call__(self, num_experts: int, dim: int, mlp: int) -> Experts:
         """Returns the parameters of `num_experts` experts."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        init, bias = layers.kernel_init, layers.bias_init
-        wi = self.param("wi", init(config, "expert", "embed", "expert_mlp"), (num_experts, dim, mlp))
-        wi_bias = self.param("wi_bias", bias("expert", "expert_mlp"), (num_experts, mlp))
-        wo = self.param(
-            "wo",
-            init(config, "expert", "expert_mlp", "embed", is_residual=True),
-            (num_experts, mlp, dim),
+        kernel, bias = layers.kernel_init, layers.bias_init
+
+        def parameter(name: str, init: Any, *shape: int) -> Any:
+            return jnp.asarray(cast(Any, self.param(name, init, (num_experts, *shape))), dtype)
+
+        to_residual = kernel(config, "expert", "expert_mlp", "embed", is_residual=True)
+        return Experts(
+            wi=parameter("wi", kernel(config, "expert", "embed", "expert_mlp"), dim, mlp),
+            wi_bias=parameter("wi_bias", bias("expert", "expert_mlp"), mlp),
+            wo=parameter("wo", to_residual, mlp, dim),
+            wo_bias=parameter("wo_bias", bias("expert", "embed"), dim),
         )
-        wo_bias = self.param("wo_bias", bias("expert", "embed"), (num_experts, dim))
-        return Experts(*(array.astype(dtype) for array in (wi, wi_bias, wo, wo_bias)))

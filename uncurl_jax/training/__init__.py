@@ -1,0 +1,1 @@
+"""One optimizer step, and the loop that turns a token cache into a checkpoint."""

@@ -37,4 +37,6 @@ def token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Tok
     """
     log_probability = token_log_probabilities(logits, targets)
     is_correct = (logits.argmax(axis=-1) == targets).astype(jnp.float32)
-    return TokenLoss(-jnp.sum(log_probability * weights), jnp.sum(is_correct * weights), weights.sum())
+    return TokenLoss(
+        -jnp.sum(log_probability * weights), jnp.sum(is_correct * weights), weights.sum()
+    )

@@ -53,7 +53,11 @@ def make_optimizer(
             lambda path, _: _names(path)[-1] not in _UNDECAYED, params
         )
 
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
     adamw = optax.chain(
         clip,
         optax.adamw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.serialization
 import jax
@@ -74,9 +74,7 @@ def from_state_dict(template: Any, values: Any) -> Any:
     return flax.serialization.from_state_dict(template, values)
 
 
-def abstract_state(
-    model: ModelConfig, config: TrainConfig, mesh: Mesh | None
-) -> tuple[Any, Any]:
+def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh | None) -> tuple[Any, Any]:
     """Returns (parameters, optimizer state) as ShapeDtypeStructs with shardings, to restore."""
     params = abstract_params(model, mesh)
     transformation = optimizer.make_optimizer(config.optimizer, config.num_steps, config.trainable)
@@ -152,9 +150,7 @@ def _compiled_step(model, optimizer_config, num_steps, trainable, accumulation, 
 
             def add_part(carry: Any, indexed_part: Any):
                 index, part = indexed_part
-                out = gradient(
-                    state.params, part, total_weight, jax.random.fold_in(key, index)
-                )
+                out = gradient(state.params, part, total_weight, jax.random.fold_in(key, index))
                 return jax.tree.map(jnp.add, carry, out), None
 
             indexed = (jnp.arange(accumulation), parts)
@@ -170,8 +166,9 @@ def _compiled_step(model, optimizer_config, num_steps, trainable, accumulation, 
             # Of what is trained alone, so that the compiler can leave out the other gradients.
             "gradient_norm": optax.global_norm(optimizer.trained_leaves(grads, trainable)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "num_tokens": batch.mask.sum(dtype=jnp.int32),
         }
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

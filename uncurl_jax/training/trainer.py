@@ -8,24 +8,32 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from uncurl_jax import __version__
-from uncurl_jax.artifacts import append_json_line, atomic_file, read_json, read_json_lines, write_json
+from uncurl_jax.artifacts import (
+    append_json_line,
+    atomic_file,
+    read_json,
+    read_json_lines,
+    write_json,
+)
 from uncurl_jax.checkpoints import layout, store
 from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.config import ModelConfig, TrainConfig
-from uncurl_jax.data.token_cache import TokenCache, bucket_length
+from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
 from uncurl_jax.models.decoder import count_parameters, init_params
-from uncurl_jax.partitioning import make_mesh, place_batch
+from uncurl_jax.partitioning import check_batch_size, make_mesh, place_batch
 from uncurl_jax.training import throughput, train_step
 
 _RUN_FILE = "train_config.json"
@@ -58,6 +66,7 @@ class _Run(NamedTuple):
     model: ModelConfig
     cache: TokenCache
     length: int
+    mesh: Mesh | None
     initial: layout.CheckpointPath | None
     record: dict[str, Any]
     out: Path
@@ -99,10 +108,6 @@ def train(
       RuntimeError: If the loss stops being finite.
     """
     run = _check(config, Path(cache), Path(out), initial_checkpoint)
-    mesh = make_mesh(
-        expert_partitions=config.expert_partitions, model_partitions=config.model_partitions
-    )
-    mesh = mesh if mesh.size > 1 else None
     is_first_process = jax.process_index() == 0
     with store.CheckpointStore(
         run.out,
@@ -113,8 +118,8 @@ def train(
     ) as checkpoints:
         if is_first_process:
             write_json(run.out / _RUN_FILE, run.record)
-        state = _first_state(run, mesh, checkpoints.latest_step())
-        result = _loop(run, state, mesh, checkpoints, stop_after_step, quiet)
+        state = _first_state(run, checkpoints.latest_step())
+        result = _loop(run, state, checkpoints, stop_after_step, quiet)
     if is_first_process and result.step == config.num_steps:
         summary = {
             "checkpoint": f"checkpoint_{result.step}",
@@ -159,6 +164,10 @@ def _check(
             "A stage needs an architecture, got neither config.model nor a checkpoint: bind "
             "TrainConfig.model or pass --checkpoint."
         )
+    if config.trainable == "router" and not model.moe_layers:
+        raise InputError(
+            'trainable="router" needs a model with experts, got a dense one: use trainable="all".'
+        )
     vocabulary = cache.manifest["vocabulary"]
     if vocabulary["size"] > model.vocab_size:
         raise InputError(
@@ -172,6 +181,13 @@ def _check(
             f"the model's max_length={model.max_length}, got cache {cache_path}: build the cache "
             "with a smaller --max_length or raise TrainConfig.length."
         )
+    mesh = make_mesh(
+        expert_partitions=config.expert_partitions, model_partitions=config.model_partitions
+    )
+    mesh = mesh if mesh.size > 1 else None
+    check_batch_size(config.batch_size, mesh)
+    # Checks its arguments at once; the batches themselves are made later.
+    _train_batches(config, cache, length, start_step=0)
     # The configuration as given; the model is recorded apart because it may come from a checkpoint.
     settings = dataclasses.asdict(dataclasses.replace(config, model=None))
     record = {
@@ -186,17 +202,44 @@ def _check(
         raise InputError(
             f"An output must not exist yet, got a finished run in {out}: choose another --out."
         )
-    if (out / _RUN_FILE).exists() and read_json(out / _RUN_FILE) != record:
+    if (out / _RUN_FILE).exists():
+        if read_json(out / _RUN_FILE) != record:
+            raise InputError(
+                f"An unfinished run goes on with the configuration it began with, got another than "
+                f"{out / _RUN_FILE}: restore that configuration or choose another --out."
+            )
+    elif (out / layout.PROVENANCE_FILE).exists() and (
+        read_json(out / layout.PROVENANCE_FILE) != record["provenance"]
+    ):
+        # A run that was killed before it wrote its configuration has left its own provenance.
         raise InputError(
-            f"An unfinished run goes on with the configuration it began with, got another than "
-            f"{out / _RUN_FILE}: restore that configuration or choose another --out."
+            f"An output must be new or an unfinished run, got {out} which holds a checkpoint of "
+            "something else: choose another --out."
         )
-    return _Run(config, model, cache, length, initial_path, record, out)
+    return _Run(config, model, cache, length, mesh, initial_path, record, out)
 
 
-def _first_state(run: _Run, mesh: Mesh | None, latest_step: int | None) -> train_step.TrainState:
+def _train_batches(
+    config: TrainConfig, cache: TokenCache, length: int, *, start_step: int
+) -> Iterator[Batch]:
+    """This process's part of every batch from `start_step` on."""
+    return cache.train_batches(
+        config.batch_size,
+        length=length,
+        seed=config.seed,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _first_state(run: _Run, latest_step: int | None) -> train_step.TrainState:
     """Returns the state to begin with: resumed, from the initial checkpoint, or fresh."""
-    config = run.config
+    config, mesh = run.config, run.mesh
+    if latest_step == config.num_steps and not config.keep_optimizer_state:
+        # Killed between its last checkpoint, which has no optimizer state, and its summary.
+        params = load_model(run.out, mesh).params
+        return train_step.new_state(params, config)._replace(step=jnp.int32(latest_step))
     if latest_step is not None:
         params, opt_state = train_step.abstract_state(run.model, config, mesh)
         restored = store.restore(
@@ -205,8 +248,8 @@ def _first_state(run: _Run, mesh: Mesh | None, latest_step: int | None) -> train
             abstract_param_states=train_step.state_dict(opt_state),
         )
         values = train_step.from_state_dict(opt_state, restored.param_states)
-        state = train_step.TrainState(np.int32(restored.step), restored.params, values)
-        return jax.tree.map(jax.numpy.asarray, state) if mesh is None else state
+        state = train_step.TrainState(jnp.int32(restored.step), restored.params, values)
+        return jax.tree.map(jnp.asarray, state) if mesh is None else state
     if run.initial is not None:
         params = load_model(run.initial, mesh).params
     else:
@@ -217,32 +260,28 @@ def _first_state(run: _Run, mesh: Mesh | None, latest_step: int | None) -> train
 def _loop(
     run: _Run,
     state: train_step.TrainState,
-    mesh: Mesh | None,
     checkpoints: store.CheckpointStore,
     stop_after_step: int | None,
     quiet: bool,
 ) -> TrainResult:
     config = run.config
     begin = int(state.step)
-    end = min(config.num_steps, stop_after_step or config.num_steps)
+    end = max(begin, min(config.num_steps, stop_after_step or config.num_steps))
     log = _MetricsLog(run, begin, quiet)
-    step_function = train_step.make_train_step(run.model, config, mesh)
-    batches = run.cache.train_batches(
-        config.batch_size,
-        length=run.length,
-        seed=config.seed,
-        start_step=begin,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    step_function = train_step.make_train_step(run.model, config, run.mesh)
+    batches = _train_batches(config, run.cache, run.length, start_step=begin)
+    every = config.save_every_steps
     try:
         for step in range(begin + 1, end + 1):
-            batch = next(batches)
-            state, metrics = step_function(state, place_batch(batch, mesh), config.seed)
-            log.add(step, int(batch.mask.sum()), metrics, is_last=step == end)
-            every = config.save_every_steps
-            if step == end or (every and step % every == 0):
-                checkpoints.save(step, state.params, train_step.state_dict(state.opt_state))
+            batch = place_batch(next(batches), run.mesh)
+            state, metrics = step_function(state, batch, config.seed)
+            is_saved = step == end or bool(every and step % every == 0)
+            # What is saved was seen to be finite, and a resumed run finds a line for its step.
+            log.add(step, metrics, is_due=is_saved or step % config.log_every_steps == 0)
+            if is_saved:
+                has_state = config.keep_optimizer_state or step < config.num_steps
+                opt_state = train_step.state_dict(state.opt_state) if has_state else None
+                checkpoints.save(step, state.params, opt_state)
         checkpoints.wait()
     finally:
         log.close()
@@ -253,18 +292,21 @@ class _MetricsLog:
     """Writes metrics to JSONL, TensorBoard and the progress bar; only process 0 does."""
 
     def __init__(self, run: _Run, begin: int, quiet: bool):
-        self._config = run.config
         self._is_writer = jax.process_index() == 0
         active = count_parameters(run.model).active
         self._flops = throughput.training_flops_per_token(run.model, active, run.length)
         self._peak = throughput.peak_flops_per_second(jax.devices()[0].device_kind)
         self._started = self._mark = time.perf_counter()
-        self._tokens_since_mark = 0
-        self.tokens = 0
-        self.last: dict[str, float] = {}
         self._path = run.out / _METRICS_FILE
+        lines = read_json_lines(self._path) if self._path.exists() else []
+        # What an interrupted run wrote beyond its last checkpoint will be written again.
+        lines = [line for line in lines if line["step"] <= begin]
+        self.last: dict[str, float] = lines[-1] if lines else {}
+        self.tokens = int(self.last.get("tokens", 0))
+        self._uncounted_tokens: list[jax.Array] = []
         if self._is_writer:
-            self._drop_lines_after(begin)
+            with atomic_file(self._path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
             self._board = SummaryWriter(str(run.out / "tensorboard"), purge_step=begin + 1)
         self._bar = tqdm(
             total=run.config.num_steps,
@@ -281,31 +323,31 @@ class _MetricsLog:
         """Wall time since the log was opened."""
         return time.perf_counter() - self._started
 
-    def _drop_lines_after(self, step: int) -> None:
-        """Removes what an interrupted run wrote beyond its last checkpoint."""
-        if not self._path.exists():
-            return
-        lines = [line for line in read_json_lines(self._path) if line["step"] <= step]
-        self.tokens = lines[-1]["tokens"] if lines else 0
-        with atomic_file(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    def add(self, step: int, metrics: dict[str, jax.Array], *, is_due: bool) -> None:
+        """Takes the metrics of a step, still on the device unless they are due to be written.
 
-    def add(self, step: int, tokens: int, metrics: dict[str, jax.Array], *, is_last: bool) -> None:
-        tokens *= jax.process_count()
-        self.tokens += tokens
-        self._tokens_since_mark += tokens
+        Raises:
+          RuntimeError: If the metrics are due and the loss or the gradient is not finite.
+        """
+        metrics = dict(metrics)
+        self._uncounted_tokens.append(metrics.pop("num_tokens"))
         self._bar.update(1)
-        if not (is_last or step % self._config.log_every_steps == 0):
+        if not is_due:
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        tokens = sum(int(count) for count in jax.device_get(self._uncounted_tokens))
+        self._uncounted_tokens.clear()
+        self.tokens += tokens
         now = time.perf_counter()
-        rate = self._tokens_since_mark / max(now - self._mark, 1e-9)
-        self._mark, self._tokens_since_mark = now, 0
-        if not math.isfinite(values["loss"]):
-            raise RuntimeError(
-                f"The loss must stay finite, got {values['loss']} at step {step} of "
-                f"{self._path.parent}: lower OptimizerConfig.peak_learning_rate and start again."
-            )
+        rate = tokens / max(now - self._mark, 1e-9)
+        self._mark = now
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                raise RuntimeError(
+                    f"The {name} must stay finite, got {values[name]} at step {step} of "
+                    f"{self._path.parent}: lower OptimizerConfig.peak_learning_rate and start "
+                    "again."
+                )
         line = {"step": step, "tokens": self.tokens, **values, "tokens_per_second": rate}
         shown = {
             "loss": f"{values['loss']:.3f}",
@@ -324,6 +366,7 @@ class _MetricsLog:
                     self._board.add_scalar(f"train/{name}", value, step)
 
     def close(self) -> None:
+        """Closes the progress bar and the TensorBoard file."""
         self._bar.close()
         if self._is_writer:
             self._board.close()

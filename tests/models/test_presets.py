@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gin
+import pytest
+
+from uncurl_jax import config
+from uncurl_jax.cli import gin_config
+from uncurl_jax.models.decoder import count_parameters
+
+
+@pytest.fixture(autouse=True)
+def clean_gin() -> Iterator[None]:
+    yield
+    gin.clear_config()
+
+
+def build(preset: str, num_experts: int) -> config.ModelConfig:
+    gin_config.parse([f"gin/models/{preset}.gin"], [f"NUM_EXPERTS = {num_experts}"], [])
+    return gin_config.configured(config.ModelConfig)()
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_experts", "millions"),
+    [
+        ("354m", 0, 354),
+        ("354m", 8, 1_050),
+        ("354m", 32, 3_400),
+        ("354m", 64, 6_700),
+        ("354m", 128, 13_000),
+        ("124m", 0, 124),
+    ],
+)
+def test_a_preset_has_the_parameters_that_the_paper_gives(
+    preset: str, num_experts: int, millions: int
+):
+    counts = count_parameters(build(preset, num_experts))
+    assert counts.total / 1e6 == pytest.approx(millions, rel=0.025)
+
+
+def test_experts_of_the_preset_stand_in_every_other_layer_and_add_to_the_dense_model():
+    dense, moe = build("354m", 0), build("354m", 32)
+    assert moe.moe_layers == tuple(range(0, 24, 2))
+    one_expert = 2 * 1024 * 4096 + 4096 + 1024
+    routers = 12 * 1024 * 32
+    difference = count_parameters(moe).total - count_parameters(dense).total
+    assert difference == 12 * 31 * one_expert + routers
+    assert count_parameters(moe).active == count_parameters(dense).total + routers
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "124m", "354m"])
+def test_every_preset_builds(preset: str):
+    model = build(preset, 16)
+    assert set(model.num_experts) == {0, 16}
+    assert count_parameters(model).total > count_parameters(model).active

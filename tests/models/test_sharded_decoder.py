@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from uncurl_jax.config import ModelConfig
+from uncurl_jax.models.decoder import Decoder, abstract_params, moe_metrics
+from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh, place_batch
+
+TOLERANCE = 1e-5
+DROPLESS = ModelConfig(
+    # No expert count but the last divides an expert axis of 2, 4 or 8.
+    num_experts=(1, 3, 0, 5, 8),
+    vocab_size=32,
+    embed_dim=16,
+    num_heads=2,
+    mlp_dim=8,
+    max_length=8,
+    capacity_factor=None,
+    eval_capacity_factor=None,
+    min_capacity=1,
+    router_z_loss_weight=0.01,
+    dtype="float32",
+)
+DROPPING = dataclasses.replace(DROPLESS, capacity_factor=0.5, eval_capacity_factor=0.5)
+BATCH = 8
+
+
+@functools.cache
+def make_batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(7)
+    inputs = generator.integers(0, 32, (BATCH, 8)).astype(np.int32)
+    mask = np.arange(8) < generator.integers(4, 9, (BATCH, 1))
+    return inputs, mask, generator.normal(size=(BATCH, 8, 32)).astype(np.float32)
+
+
+def loss_and_gradients(config: ModelConfig, mesh: Mesh | None, num_groups: int | None, params: Any):
+    """Compiles and runs forward and backward; returns the program's text and its results."""
+    model = Decoder(config, mesh, num_groups)
+
+    def loss(params: Any, inputs: jax.Array, mask: jax.Array, cotangent: jax.Array):
+        logits, sown = model.apply(
+            {"params": params}, inputs, mask, is_training=True, mutable=["intermediates"]
+        )
+        metrics = moe_metrics(sown["intermediates"])
+        weighted = jnp.sum(logits * cotangent * mask[..., None]) / mask.sum()
+        return weighted + metrics["auxiliary_loss"] + metrics["router_z_loss"], (logits, metrics)
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    if mesh is not None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+        params = jax.device_put(params, shardings)
+    batch = place_batch(make_batch(), mesh)
+    compiled = gradient.lower(params, *batch).compile()
+    return compiled.as_text(), jax.device_get(compiled(params, *batch))
+
+
+ONE_DEVICE: dict[Any, Any] = {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        pytest.param((2, 2, 2), DROPPING, id="2x2x2-dropping"),
+        pytest.param((1, 4, 2), DROPLESS, id="1x4x2-dropless"),
+        pytest.param((1, 8, 1), DROPPING, id="1x8x1-dropping"),
+        pytest.param((8, 1, 1), DROPLESS, id="8x1x1-dropless", marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), DROPLESS, id="2x2x2-dropless", marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), DROPPING, id="1x4x2-dropping", marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), DROPLESS, id="1x8x1-dropless", marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), DROPPING, id="2x4x1-dropping", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_equal_one(shape, config, random_params):
+    mesh = make_mesh(expert_partitions=shape[1], model_partitions=shape[2])
+    assert tuple(mesh.devices.shape) == shape
+    params = random_params(config)
+    # Tokens compete for slots within a group, so the groups must be the same ones.
+    is_dropless = config.capacity_factor is None
+    groups = 1 if is_dropless else axis_size(mesh, TOKEN_AXES)
+    if (config, groups) not in ONE_DEVICE:
+        ONE_DEVICE[config, groups] = loss_and_gradients(config, None, groups, params)
+    text, ((loss, (logits, metrics)), gradients) = ONE_DEVICE[config, groups]
+    assert "all-to-all" not in text
+    text, ((sharded_loss, (sharded_logits, sharded_metrics)), sharded) = loss_and_gradients(
+        config, mesh, None, params
+    )
+    assert ("all-to-all" in text) == (shape[1] > 1)
+
+    np.testing.assert_allclose(sharded_loss, loss, rtol=TOLERANCE)
+    np.testing.assert_allclose(sharded_logits, logits, rtol=TOLERANCE, atol=TOLERANCE)
+    # Slots of the experts that fill up the mesh are computed, so they lower the usage.
+    usage = sharded_metrics.pop("expert_usage")
+    assert 0 < usage <= metrics["expert_usage"] + TOLERANCE
+    for name, value in sharded_metrics.items():
+        np.testing.assert_allclose(value, metrics[name], rtol=TOLERANCE, err_msg=name)
+    assert (metrics["fraction_tokens_left_behind"] > 0.05) == (not is_dropless)
+    expected = jax.tree_util.tree_leaves_with_path(gradients)
+    for (path, value), found in zip(expected, jax.tree.leaves(sharded), strict=True):
+        np.testing.assert_allclose(
+            found, value, rtol=TOLERANCE, atol=TOLERANCE, err_msg=jax.tree_util.keystr(path)
+        )
+        assert np.any(value) or "router" in jax.tree_util.keystr(path)
