@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,6 +45,15 @@ def _reference_experts(
             hidden = gelu(x[token].astype(np.float64) @ wi[expert] + wi_bias[expert])
             y[token] += gate[token, choice] * (hidden @ wo[expert] + wo_bias[expert])
     return y, is_kept
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly() -> Iterator[None]:
+    """Compiling takes most of the time here; what XLA's optimiser gains on so little is nothing."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from uncurl_jax.checkpoints.parameters import expected_parameters
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.models import decoder
 from uncurl_jax.models.decoder import Decoder
+from uncurl_jax.partitioning import make_mesh
 
 TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 2e-2
@@ -234,13 +235,10 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
     assert decoder.count_parameters(DENSE).total == decoder.count_parameters(DENSE).active
 
 
-def test_parameters_are_born_divided_as_the_table_of_axes_says():
-    from uncurl_jax.partitioning import make_mesh
-
+def test_parameters_are_divided_as_the_table_of_axes_says():
     config = dataclasses.replace(CONFIG, num_experts=(4, 3))
     mesh = make_mesh(expert_partitions=4, model_partitions=2)
-    params = named(decoder.init_params(config, 0, mesh))
-    alone = named(decoder.init_params(config, 0))
+    params = named(decoder.abstract_params(config, mesh))
 
     def shard(name: str) -> tuple[int, ...]:
         return params[name].sharding.shard_shape(params[name].shape)
@@ -250,5 +248,13 @@ def test_parameters_are_born_divided_as_the_table_of_axes_says():
     assert shard("layers_0/attention/query/kernel") == (16, 1, 8)
     assert shard("token_embedder/embedding") == (16, 16)
     assert shard("final_norm/scale") == (16,)
-    for name, value in params.items():
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    config = dataclasses.replace(CONFIG, num_experts=(3,))
+    mesh = make_mesh(expert_partitions=4, model_partitions=2)
+    alone, divided = (named(decoder.init_params(config, 0, where)) for where in (None, mesh))
+    for name, value in divided.items():
         np.testing.assert_allclose(value, alone[name], atol=TOLERANCE, err_msg=name)
+        spec = named(decoder.abstract_params(config, mesh))[name].sharding
+        assert value.sharding.is_equivalent_to(spec, value.ndim)

@@ -49,8 +49,8 @@ def test_experts_of_the_preset_stand_in_every_other_layer_and_add_to_the_dense_m
     assert count_parameters(moe).active == count_parameters(dense).total + routers
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small", "124m", "354m"])
-def test_every_preset_builds(preset: str):
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_the_small_presets_build(preset: str):
     model = build(preset, 16)
     assert set(model.num_experts) == {0, 16}
     assert count_parameters(model).total > count_parameters(model).active

@@ -16,7 +16,6 @@ from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh, place_batc
 
 TOLERANCE = 1e-5
 DROPLESS = ModelConfig(
-    # No expert count but the last divides an expert axis of 2, 4 or 8.
     num_experts=(1, 3, 0, 5, 8),
     vocab_size=32,
     embed_dim=16,
@@ -29,7 +28,6 @@ DROPLESS = ModelConfig(
     router_z_loss_weight=0.01,
     dtype="float32",
 )
-DROPPING = dataclasses.replace(DROPLESS, capacity_factor=0.5, eval_capacity_factor=0.5)
 BATCH = 8
 
 
@@ -59,35 +57,42 @@ def loss_and_gradients(config: ModelConfig, mesh: Mesh | None, num_groups: int |
         params = jax.device_put(params, shardings)
     batch = place_batch(make_batch(), mesh)
     compiled = gradient.lower(params, *batch).compile()
-    return compiled.as_text(), jax.device_get(compiled(params, *batch))
+    return compiled.as_text() or "", jax.device_get(compiled(params, *batch))
 
 
-ONE_DEVICE: dict[Any, Any] = {}
+def case(shape: tuple[int, int, int], num_experts: tuple[int, ...], factor: float | None):
+    """Few layers by default; with all of them, a minute each, only on request."""
+    name = "x".join(map(str, shape))
+    kind = "dropless" if factor is None else "dropping"
+    counts = "-".join(map(str, num_experts))
+    marks = pytest.mark.slow if len(num_experts) > 2 else ()
+    return pytest.param(shape, num_experts, factor, id=f"{name}-{counts}-{kind}", marks=marks)
 
 
 @pytest.mark.parametrize(
-    ("shape", "config"),
+    ("shape", "num_experts", "factor"),
     [
-        pytest.param((2, 2, 2), DROPPING, id="2x2x2-dropping"),
-        pytest.param((1, 4, 2), DROPLESS, id="1x4x2-dropless"),
-        pytest.param((1, 8, 1), DROPPING, id="1x8x1-dropping"),
-        pytest.param((8, 1, 1), DROPLESS, id="8x1x1-dropless", marks=pytest.mark.slow),
-        pytest.param((2, 2, 2), DROPLESS, id="2x2x2-dropless", marks=pytest.mark.slow),
-        pytest.param((1, 4, 2), DROPPING, id="1x4x2-dropping", marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), DROPLESS, id="1x8x1-dropless", marks=pytest.mark.slow),
-        pytest.param((2, 4, 1), DROPPING, id="2x4x1-dropping", marks=pytest.mark.slow),
+        # Of these counts 3 and 5 divide no expert axis, and 1 none either.
+        case((2, 2, 2), (8, 1), 0.5),
+        case((1, 4, 2), (3, 8), None),
+        case((1, 8, 1), (5, 0), 0.5),
+        case((8, 1, 1), (5, 0), None),
+        *(
+            case(shape, DROPLESS.num_experts, factor)
+            for shape in ((2, 2, 2), (1, 4, 2), (1, 8, 1), (2, 4, 1), (8, 1, 1))
+            for factor in (0.5, None)
+        ),
     ],
 )
-def test_eight_devices_equal_one(shape, config, random_params):
+def test_eight_devices_equal_one(shape, num_experts, factor, random_params):
+    config = dataclasses.replace(DROPLESS, num_experts=num_experts, capacity_factor=factor)
     mesh = make_mesh(expert_partitions=shape[1], model_partitions=shape[2])
     assert tuple(mesh.devices.shape) == shape
     params = random_params(config)
     # Tokens compete for slots within a group, so the groups must be the same ones.
-    is_dropless = config.capacity_factor is None
+    is_dropless = factor is None
     groups = 1 if is_dropless else axis_size(mesh, TOKEN_AXES)
-    if (config, groups) not in ONE_DEVICE:
-        ONE_DEVICE[config, groups] = loss_and_gradients(config, None, groups, params)
-    text, ((loss, (logits, metrics)), gradients) = ONE_DEVICE[config, groups]
+    text, ((loss, (logits, metrics)), gradients) = loss_and_gradients(config, None, groups, params)
     assert "all-to-all" not in text
     text, ((sharded_loss, (sharded_logits, sharded_metrics)), sharded) = loss_and_gradients(
         config, mesh, None, params
@@ -96,9 +101,9 @@ def test_eight_devices_equal_one(shape, config, random_params):
 
     np.testing.assert_allclose(sharded_loss, loss, rtol=TOLERANCE)
     np.testing.assert_allclose(sharded_logits, logits, rtol=TOLERANCE, atol=TOLERANCE)
-    # Slots of the experts that fill up the mesh are computed, so they lower the usage.
+    # How many slots are computed, filled or not, depends on the mesh.
     usage = sharded_metrics.pop("expert_usage")
-    assert 0 < usage <= metrics["expert_usage"] + TOLERANCE
+    assert 0 < usage <= 1
     for name, value in sharded_metrics.items():
         np.testing.assert_allclose(value, metrics[name], rtol=TOLERANCE, err_msg=name)
     assert (metrics["fraction_tokens_left_behind"] > 0.05) == (not is_dropless)

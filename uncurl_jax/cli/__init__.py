@@ -208,11 +208,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(name, str(error))
     except OSError as error:
-        return _fail(name, f"The system refused to read or write, got {error}: see to it first.")
+        return _fail(name, gin_config.system_refused(error))
     except KeyboardInterrupt:
         print(f"uncurl {name}: interrupted; run the same command again.", file=sys.stderr)
         return 130
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:
         sentence = gin_config.explain(error)
         if sentence is None:
             raise

@@ -116,7 +116,7 @@ def _open_task(
             found.check_vocabulary(loaded.hash, loaded.name)
         yield found
         return
-    if os.sep in task:
+    if os.sep in task and not task.startswith(SEQIO_PREFIX):
         raise InputError(
             f"--task must be a token cache's directory or a task's name, got {task}, which does "
             "not exist: check the path."

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import re
 import sys
 import tokenize
@@ -97,12 +98,29 @@ def bound(function: Callable[..., Any]) -> set[str]:
         return set()
 
 
+def system_refused(reason: object) -> str:
+    """Returns the sentence for an error of the operating system, such as a full disk."""
+    return (
+        f"The system must let files be read and written, got {reason}: make room, or choose "
+        "another place."
+    )
+
+
 def explain(error: Exception) -> str | None:
-    """Returns the sentence for a missing or mistyped value, None if the error is another one."""
+    """Returns the sentence for a missing or mistyped value, None if the error is another one.
+
+    Tensorstore raises ValueError for what the operating system refuses; that gets its sentence too.
+    """
     lines = str(error).splitlines()
     frames = traceback.extract_tb(error.__traceback__)
     if not lines or not frames:
         return None
+    refused = re.search(r"os_error_code='(\d+)'", lines[0])
+    if refused:
+        files = re.findall(r'"([^"]*/[^"]*)"', lines[0])
+        return system_refused(
+            f"{os.strerror(int(refused[1]))} at {files[-1] if files else 'a file'}"
+        )
     missing = re.match(r"(\w+).* missing \d+ required .*?arguments?: (.+)", lines[0])
     place = Path(frames[-1].filename)
     if missing and place.parent in (Path(__file__).parent, Path(gin.__file__).parent):

@@ -1,0 +1,1 @@
+"""Studies: running them, resuming them, and the report of what they found."""

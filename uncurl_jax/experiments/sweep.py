@@ -39,6 +39,8 @@ from uncurl_jax.checkpoints.inspect import describe
 from uncurl_jax.checkpoints.transform import prune_checkpoint
 from uncurl_jax.config import TrainConfig
 from uncurl_jax.data import registry, token_cache
+from uncurl_jax.data.jsonl_task import JsonlTask
+from uncurl_jax.data.language_modeling import LanguageModelingTask
 from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.data.vocabulary import load_vocabulary
 from uncurl_jax.errors import InputError
@@ -169,6 +171,14 @@ class _Runner:
         """Checks tasks, files and vocabulary before any work."""
         vocabulary = load_vocabulary(self._config.vocabulary)
         corpus = task_name(self._config.corpus)
+        for task in self._config.tasks:
+            if isinstance(task, LanguageModelingTask) or task_name(task) == corpus:
+                raise InputError(
+                    f"tasks must have options to choose from, got {task_name(task)}, which is "
+                    "plain text: leave it out."
+                )
+            if isinstance(task, str) and not (self._cache_dir / task).exists():
+                registry.get_task(task)
         for name, task in self._tasks.items():
             if (self._cache_dir / name).exists():
                 for split in ("train", "validation"):
@@ -184,10 +194,9 @@ class _Runner:
                     f"Task {name} needs a token cache in {self._cache_dir / name} or a data "
                     "directory to build it from: pass --data_dir or --cache_dir."
                 )
-            found: Any = task
-            if isinstance(task, str):
-                is_corpus = name == corpus
-                found = registry.find_task(task) if is_corpus else registry.get_task(task)
+            found: Any = registry.find_task(task) if isinstance(task, str) else task
+            if isinstance(found, JsonlTask):
+                found = found.to_task()
             for split in found.splits:
                 found.source_files(self._data_dir, split)
 
@@ -349,13 +358,18 @@ class _Runner:
         return path
 
     @property
+    def _alignment_workers(self) -> int:
+        """Processes for alignment: none for small experts, which take less than their start."""
+        return (os.cpu_count() or 1) if self._config.model.mlp_dim >= 1024 else 0
+
+    @property
     def _eval_capacity_factor(self) -> float | None:
         return self._config.model.eval_capacity_factor
 
     def _pruned(self, source: Path, plan: Path, home: Path) -> Path:
         out = home / "pruned"
         if not out.exists():
-            prune_checkpoint(source, PruningPlan.load(plan), out)
+            prune_checkpoint(source, PruningPlan.load(plan), out, workers=self._alignment_workers)
         return out
 
     def _metrics(self, item: WorkItem, checkpoint: Path, home: Path) -> Path:

@@ -164,7 +164,7 @@ def _compiled_step(model, optimizer_config, num_steps, trainable, accumulation, 
         metrics |= {
             "loss": loss,
             # Of what is trained alone, so that the compiler can leave out the other gradients.
-            "gradient_norm": optax.global_norm(optimizer.trained_leaves(grads, trainable)),
+            "gradient_norm": optax.tree.norm(optimizer.trained_leaves(grads, trainable)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "num_tokens": batch.mask.sum(dtype=jnp.int32),
         }

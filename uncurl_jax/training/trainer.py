@@ -94,8 +94,9 @@ def train(
     Args:
       config: what to do; `config.model` must be set unless there is an initial checkpoint.
       cache: token cache of the training split.
-      out: checkpoint directory, with train_config.json, metrics.jsonl, tensorboard/ and, once
-        finished, train_summary.json beside the checkpoints.
+      out: checkpoint directory, on a file system that all processes share, with
+        train_config.json, metrics.jsonl, tensorboard/ and, once finished, train_summary.json
+        beside the checkpoints.
       initial_checkpoint: parameters to begin with; the optimizer begins fresh.
       stop_after_step: stop early after a checkpoint at this step, as a preemption would.
       quiet: no progress bar.
@@ -107,6 +108,11 @@ def train(
       InputError: If the inputs do not fit together, or `out` holds something else.
       RuntimeError: If the loss stops being finite.
     """
+    if layout.is_remote(out):
+        raise InputError(
+            f"A training run appends to files in its output, so that must be on a file system that "
+            f"all processes share, got {out}: mount the bucket and give its path."
+        )
     run = _check(config, Path(cache), Path(out), initial_checkpoint)
     is_first_process = jax.process_index() == 0
     with store.CheckpointStore(

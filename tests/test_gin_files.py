@@ -1,0 +1,152 @@
+"""Every gin file parses, finalises and builds the objects that it names; typos are refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gin
+import pytest
+
+from uncurl_jax import config
+from uncurl_jax.cli import build_parser, gin_config
+from uncurl_jax.data import token_cache
+from uncurl_jax.errors import InputError
+from uncurl_jax.experiments import quickstart, study, sweep
+from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.training import trainer
+
+FOLDER = Path(__file__).parents[1] / "gin"
+FILES = sorted(path.relative_to(FOLDER.parent).as_posix() for path in FOLDER.rglob("*.gin"))
+MODELS = [name for name in FILES if name.startswith("gin/models/")]
+SIZES = [name for name in MODELS if not name.endswith("/base.gin")]
+TASKS = [name for name in FILES if name.startswith("gin/tasks/")]
+RUNS = [name for name in FILES if name.startswith("gin/runs/")]
+# What gin files must be given, and a value to test with.
+REQUIRED = {
+    "CACHE": "'caches/topic/train'",
+    "VOCABULARY": "'bytes'",
+    "TASK": "'seqio:a_task'",
+    "TRAIN_FILE": "'corpus.txt'",
+    "CORPUS_FILE": "'corpus.txt'",
+    "NUM_STEPS": "3",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+def text_of(name: str) -> str:
+    return (FOLDER.parent / name).read_text(encoding="utf-8")
+
+
+def needed(name: str) -> list[str]:
+    """Macros that have no value in a file nor in those that it includes."""
+    included = re.findall(r"^include '(.+)'", text_of(name), re.MULTILINE)
+    own = re.findall(r"^(\w+) = %gin\.REQUIRED", text_of(name), re.MULTILINE)
+    return own + [macro for file in included for macro in needed(file)]
+
+
+def parse(name: str, *bindings: str) -> None:
+    """Parses a file as `uncurl --gin_file` does, with values for what is required."""
+    values = [f"{macro} = {REQUIRED[macro]}" for macro in needed(name)]
+    gin_config.parse([name], [*values, *bindings], ())
+
+
+def test_all_files_are_in_one_of_the_three_folders():
+    assert sorted(MODELS + TASKS + RUNS) == FILES
+    assert SIZES and TASKS and RUNS
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_says_what_it_is_for_and_is_written_for_dynamic_registration(name):
+    text = text_of(name)
+    head = text[: text.index("from __gin__ import dynamic_registration")]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert "Commonly overridden:" in head
+    if name not in MODELS:
+        assert "Command:" in head and "Required:" in head
+
+
+@pytest.mark.parametrize("name", TASKS + RUNS)
+def test_the_commands_in_the_head_are_commands_of_the_program(name):
+    head = re.sub(r"\n#\s+(--)", r" \1", text_of(name).partition("from __gin__")[0])
+    commands = re.findall(r"uncurl ((?:cache|train|sweep|quickstart|report) .+)", head)
+    assert commands
+    for command in commands:
+        words = [word for word in command.split() if word != "..."]
+        arguments = [word for word in words if not word.startswith("--gin.")]
+        options = build_parser().parse_args(arguments)
+        assert set(getattr(options, "gin_file", [])) <= set(FILES)
+
+
+@pytest.mark.parametrize("num_experts", [0, 1, 8, 13])
+@pytest.mark.parametrize("name", SIZES)
+def test_a_model_file_builds_the_model_of_any_number_of_experts(name, num_experts):
+    parse(name, f"NUM_EXPERTS = {num_experts}")
+    model = gin.get_configurable(config.ModelConfig)()
+    assert model.num_experts[::2] == (num_experts,) * (model.num_layers // 2)
+    assert set(model.num_experts[1::2]) == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_experts", "billions"),
+    [
+        ("124m", 0, 0.124),
+        ("354m", 0, 0.354),
+        ("354m", 8, 1.05),
+        ("354m", 32, 3.4),
+        ("354m", 64, 6.7),
+        ("354m", 128, 13.1),
+    ],
+)
+def test_the_papers_models_have_the_papers_sizes(name, num_experts, billions):
+    """Section 3 of arXiv 2409.01483, which gives two digits."""
+    parse(f"gin/models/{name}.gin", f"NUM_EXPERTS = {num_experts}")
+    model = gin.get_configurable(config.ModelConfig)()
+    assert count_parameters(model).total / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_file_builds_the_configuration_of_its_command(name):
+    parse(name)
+    built = [
+        gin.get_bindings(function)["config"]
+        for function in (trainer.train, sweep.run_sweep, quickstart.run_quickstart)
+        if "config" in gin_config.bound(function)
+    ]
+    assert len(built) == 1
+    assert isinstance(built[0], config.TrainConfig | study.StudyConfig)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_file_configures_the_cache_builder(name):
+    parse(name)
+    assert {"task", "max_length"} <= gin_config.bound(token_cache.build_token_cache)
+    assert gin.get_bindings(token_cache.build_token_cache)["task"]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if needed(name)])
+def test_a_required_value_that_is_missing_is_named(name):
+    with pytest.raises(InputError, match=rf"{needed(name)[0]} must be set, got nothing: add --gin"):
+        gin_config.parse([name], [], ())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_typo_in_a_binding_is_refused_with_the_nearest_name(name):
+    bindings = re.findall(r"^(?:\w+/)?([\w.]+)\.(\w+) = ", text_of(name), re.MULTILINE)
+    assert bindings
+    for selector, parameter in sorted(set(bindings)):
+        with pytest.raises(InputError, match=rf"got {selector}\.{parameter}x .*: nearest .*"):
+            parse(name, f"{selector}.{parameter}x = 1")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_typo_in_a_macro_is_refused(name):
+    macros = re.findall(r"^([A-Z_]+) = ", text_of(name), re.MULTILINE)
+    for macro in macros:
+        with pytest.raises(InputError, match=rf"got {macro}X: nearest .*{macro}"):
+            parse(name, f"{macro}X = 1")
