@@ -76,7 +76,7 @@ def test_json_round_trips_and_refuses_nan(tmp_path: Path):
 
 
 def test_missing_and_malformed_json_are_named(tmp_path: Path):
-    with pytest.raises(InputError, match=r"does not exist: .*missing\.json"):
+    with pytest.raises(InputError, match=r"must exist, got nothing at .*missing\.json"):
         artifacts.read_json(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InputError, match=r"bad\.json must hold JSON, got "):

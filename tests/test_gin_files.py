@@ -24,7 +24,6 @@ TASKS = [name for name in FILES if name.startswith("gin/tasks/")]
 RUNS = [name for name in FILES if name.startswith("gin/runs/")]
 # What gin files must be given, and a value to test with.
 REQUIRED = {
-    "CACHE": "'caches/topic/train'",
     "VOCABULARY": "'bytes'",
     "TASK": "'seqio:a_task'",
     "TRAIN_FILE": "'corpus.txt'",

@@ -7,7 +7,7 @@
 #
 # COMMAND runs in ~/uncurl_jax with .venv-run active, for example
 #   run_on_tpu.sh --name my-slice --zone us-west4-a --detach -- \
-#     uncurl train --gin_file gin/runs/pretrain.gin --out gs://my-bucket/32e
+#     uncurl train --distributed --gin_file gin/runs/pretrain.gin --cache DIR --out DIR
 # To look at it later: the same with `-- tail -n 20 run.log`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

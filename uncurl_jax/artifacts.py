@@ -14,7 +14,7 @@ from typing import Any
 
 from uncurl_jax.errors import InputError
 
-_PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".partial"
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> Path:
@@ -37,7 +37,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.name}.", suffix=_PARTIAL_SUFFIX, dir=path.parent
+        prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent
     )
     os.close(descriptor)
     partial = Path(name)
@@ -64,7 +64,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(
-        tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL_SUFFIX, dir=path.parent)
+        tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent)
     )
     try:
         yield partial
@@ -93,7 +93,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"A file that is needed does not exist: {path}.") from None
+        raise InputError(
+            f"A file must exist, got nothing at {path}: check the path, or make the file first."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} must hold JSON, got {error}: write it again.") from None
 

@@ -191,7 +191,6 @@ def test_report_prints_a_table_and_writes_the_report(world, uncurl):
     assert report["num_runs"] == 2
 
 
-@pytest.mark.xfail(strict=False, reason="write_report reads one runs.jsonl, not yet the shards'")
 def test_report_of_a_sharded_study_reads_every_shard(world, uncurl):
     done = uncurl("report", world["study"])
     assert done.status == 0, done.err

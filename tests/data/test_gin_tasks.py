@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gin
 import pytest
 
-import gin
 from uncurl_jax.data import registry, synthetic, token_cache
 from uncurl_jax.data.jsonl_task import JsonlTask
 

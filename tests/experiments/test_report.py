@@ -300,3 +300,27 @@ def test_a_plan_that_is_missing_or_a_study_without_title_is_refused(tmp_path):
 )
 def test_counts_are_written_with_three_figures(value, text):
     assert report_page.format_count(value) == text
+
+
+def test_the_shards_of_a_study_are_read_together(tmp_path):
+    runs = [make_run("scratch", 2, 70.0, seed=seed) for seed in range(3)]
+    runs.append(make_run("pruned", 2, 71.0, source=8, plan="plan.json"))
+    write_study(tmp_path / "shard_0_of_2", runs[:2])
+    write_study(tmp_path / "shard_1_of_2", runs[2:], {"plan.json": make_plan()})
+    result = report.write_report(tmp_path)
+    assert result["num_runs"] == 4
+    assert [row["plans"] for row in result["rows"] if row["kind"] == "pruned"] == [
+        ["shard_1_of_2/plan.json"]
+    ]
+
+
+def test_shards_of_another_study_or_with_the_same_run_are_refused(tmp_path):
+    run = make_run("scratch", 2, 70.0)
+    write_study(tmp_path / "shard_0_of_2", [run])
+    write_study(tmp_path / "shard_0_of_3", [run])
+    with pytest.raises(InputError, match="must be in one shard only, got rte-scratch"):
+        report.write_report(tmp_path)
+    study = tmp_path / "shard_0_of_3" / "study.json"
+    artifacts.write_json(study, {**artifacts.read_json(study), "config": {"seeds": [1]}})
+    with pytest.raises(InputError, match=r"must have the same settings, got others in .*0_of_3"):
+        report.write_report(tmp_path)

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from uncurl_jax.artifacts import PARTIAL_SUFFIX
 from uncurl_jax.checkpoints import layout, parameters
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
@@ -188,7 +189,13 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def _check_directory(directory: epath.Path, files: Mapping[str, Any]) -> bool:
     """Returns whether the directory is new; InputError if it is not ours to go on with."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.exists():
+        return True
+    # Killed before model_config.json was written, a store leaves nothing but these.
+    first = {layout.VOCABULARY_FILE, layout.PROVENANCE_FILE}
+    if directory.is_dir() and all(
+        entry.name in first or entry.name.endswith(PARTIAL_SUFFIX) for entry in directory.iterdir()
+    ):
         return True
     if not (directory / layout.MODEL_CONFIG_FILE).exists():
         raise InputError(

@@ -78,6 +78,8 @@ def prune_checkpoint(
             "without jax.distributed."
         )
     out = epath.Path(out)
+    if not layout.is_remote(out):
+        out = out.expanduser().resolve()
     if out.exists():
         raise InputError(
             f"An output must not exist yet, got {out}: choose another --out or remove it first."

@@ -83,6 +83,47 @@ def load_runs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return runs
 
 
+def load_study(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Reads the runs and settings of a study, of all its shards if it was run in shards.
+
+    Args:
+      directory: holds runs.jsonl and study.json, or shard_<i>_of_<n>/ that do.
+
+    Returns:
+      The runs, their plans relative to `directory`, and the content of study.json.
+
+    Raises:
+      InputError: If a file is missing or malformed, shards are of different studies, or a run is
+        there twice.
+    """
+    parts = [directory] if (directory / "runs.jsonl").exists() else []
+    parts += sorted(path.parent for path in directory.glob("shard_*_of_*/runs.jsonl"))
+    runs: list[dict[str, Any]] = []
+    studies: list[dict[str, Any]] = []
+    for part in parts or [directory]:
+        study = artifacts.read_json(part / "study.json") if parts else None
+        for run in load_runs(part / "runs.jsonl"):
+            if run.get("plan") is not None:
+                run["plan"] = (part / run["plan"]).relative_to(directory).as_posix()
+            runs.append(run)
+        if not isinstance(study, dict) or not isinstance(study.get("title"), str):
+            raise InputError(f"{part / 'study.json'} must be an object with a title: run it again.")
+        studies.append(study)
+        if study.get("config") != studies[0].get("config"):
+            raise InputError(
+                f"The shards of a study must have the same settings, got others in {part} than in "
+                f"{parts[0]}: put them into different directories."
+            )
+    names = [run["run"] for run in runs]
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise InputError(
+            f"A run must be in one shard only, got {doubles[0]} in several of {directory}: remove "
+            "the shards of an earlier division."
+        )
+    return runs, studies[0]
+
+
 def _problem(run: Any) -> str | None:
     if not isinstance(run, dict):
         return f"a run must be a JSON object, got {run!r}"
@@ -313,10 +354,7 @@ def write_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
       InputError: If a file is missing, empty or malformed.
     """
     directory = Path(directory)
-    runs = load_runs(directory / "runs.jsonl")
-    study = artifacts.read_json(directory / "study.json")
-    if not isinstance(study, dict) or not isinstance(study.get("title"), str):
-        raise InputError(f"{directory / 'study.json'} must hold an object with a title.")
+    runs, study = load_study(directory)
     rows = summarize(runs)
     findings = find_thresholds(rows)
     shown: dict[str, dict[str, Any]] = {}
