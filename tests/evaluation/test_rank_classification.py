@@ -51,7 +51,13 @@ def scores(model, caches):
     def score(name: str, examples_per_batch: int):
         cache = caches[name]
         batches = cache.option_batches(examples_per_batch, length=LENGTH)
-        return score_rows(model, batches, num_rows=cache.num_rows, quiet=True)
+        return score_rows(
+            model,
+            batches,
+            num_rows=cache.num_rows,
+            target_length=cache.target_length,
+            quiet=True,
+        )
 
     return score
 

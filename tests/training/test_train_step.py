@@ -34,9 +34,15 @@ def named(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
-def run(model: ModelConfig, config: TrainConfig, steps: int, mesh: Mesh | None = None):
+def run(
+    model: ModelConfig,
+    config: TrainConfig,
+    steps: int,
+    mesh: Mesh | None = None,
+    target_length: int | None = None,
+):
     """Returns the last state and each step's metrics."""
-    step = train_step.make_train_step(model, config, mesh)
+    step = train_step.make_train_step(model, config, mesh, target_length=target_length)
     state = train_step.new_state(init_params(model, config.seed, mesh), config)
     metrics = []
     for index in range(steps):
@@ -62,6 +68,17 @@ def test_the_loss_is_the_weighted_mean_of_the_cross_entropy(one_device):
     assert first["num_tokens"] == make_batch(0).mask.sum()
     assert first["fraction_tokens_left_behind"] == 0.0
     assert first["learning_rate"] == 0.0  # of the warm-up from 0
+
+
+def test_logits_at_the_targets_alone_give_the_same_step(model, config, one_device):
+    state, metrics = one_device
+    # Rows of make_batch have at most 13 weighted targets, from place 3 on.
+    narrow, narrow_metrics = run(without_router_losses(model), config, 3, target_length=13)
+    for wide_values, narrow_values in zip(metrics, narrow_metrics, strict=True):
+        assert wide_values == pytest.approx(narrow_values, rel=1e-5)
+    expected = named(state.params)
+    for name, array in named(narrow.params).items():
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_the_loss_falls_on_a_batch_that_repeats(model, config):

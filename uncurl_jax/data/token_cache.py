@@ -164,6 +164,11 @@ class TokenCache:
         return self.manifest["max_row_length"]
 
     @property
+    def target_length(self) -> int:
+        """Most tokens of a row that follow its prompt, rounded up to 8: what the loss can count."""
+        return bucket_length(int((np.diff(self.offsets) - self.prompt_lengths).max(initial=1)), 8)
+
+    @property
     def max_options(self) -> int:
         """Most options of an example; 1 for language modelling."""
         return self.manifest["max_options"]

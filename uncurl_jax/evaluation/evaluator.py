@@ -150,6 +150,7 @@ def _rank(
         model,
         cache.option_batches(size, length=row_length(model.config, cache)),
         num_rows=cache.num_rows,
+        target_length=cache.target_length,
         num_batches=-(-cache.num_rows // (size * cache.max_options)),
         quiet=quiet,
     )
@@ -212,6 +213,7 @@ def _loss(
         model,
         zip(batches, ids, strict=True),
         num_rows=cache.num_rows,
+        target_length=cache.target_length,
         num_batches=-(-len(rows) // size),
         quiet=quiet,
     )

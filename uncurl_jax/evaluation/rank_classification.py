@@ -18,7 +18,12 @@ from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import Decoder, moe_metrics, token_log_probabilities
+from uncurl_jax.models.decoder import (
+    Decoder,
+    moe_metrics,
+    select_targets,
+    token_log_probabilities,
+)
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, local_rows, place_batch, replicated
 
 
@@ -38,18 +43,23 @@ class RowScores(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_scores(config: ModelConfig, mesh: Mesh | None) -> Any:
+def _compiled_scores(config: ModelConfig, mesh: Mesh | None, target_length: int | None) -> Any:
     decoder = Decoder(config, mesh)
 
     def scores(params: Any, batch: Any) -> dict[str, jax.Array]:
+        window, targets, weights = select_targets(batch, target_length)
         logits, sown = decoder.apply(
-            {"params": params}, batch.inputs, batch.mask, mutable=["intermediates"]
+            {"params": params},
+            batch.inputs,
+            batch.mask,
+            logit_positions=window,
+            mutable=["intermediates"],
         )
-        log_probability = token_log_probabilities(logits, batch.targets)
+        log_probability = token_log_probabilities(logits, targets)
         left_behind = moe_metrics(sown.get("intermediates", {}))["fraction_tokens_left_behind"]
         return {
-            "log_likelihood": jnp.sum(log_probability * batch.weights, axis=-1),
-            "num_tokens": batch.weights.sum(axis=-1),
+            "log_likelihood": jnp.sum(log_probability * weights, axis=-1),
+            "num_tokens": weights.sum(axis=-1),
             "left_behind": left_behind,
         }
 
@@ -62,6 +72,7 @@ def score_rows(
     *,
     num_rows: int,
     num_batches: int | None = None,
+    target_length: int | None = None,
     quiet: bool = False,
 ) -> RowScores:
     """Scores rows of a token cache.
@@ -71,6 +82,7 @@ def score_rows(
       batches: (batch, row ids [b] int, -1 where a row is filling); whole in every process.
       num_rows: rows of the cache.
       num_batches: for the progress bar.
+      target_length: the cache's, so that logits are computed for the scored tokens alone.
       quiet: no progress bar.
 
     Returns:
@@ -83,7 +95,7 @@ def score_rows(
     log_likelihood = np.full(num_rows, np.nan)
     num_tokens = np.zeros(num_rows)
     left_behind = total = 0.0
-    compiled = _compiled_scores(model.config, model.mesh)
+    compiled = _compiled_scores(model.config, model.mesh, target_length)
     bar = tqdm(
         batches,
         total=num_batches,

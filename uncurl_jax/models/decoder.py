@@ -85,6 +85,7 @@ class Decoder(nn.Module):
         *,
         is_training: bool = False,
         decode: bool = False,
+        logit_positions: jax.Array | None = None,
     ) -> jax.Array:
         """Runs the decoder.
 
@@ -94,9 +95,11 @@ class Decoder(nn.Module):
           positions: [b, l] int32, 0..l-1 by default.
           is_training: training capacity factor and router jitter.
           decode: use the key-value cache (collection "cache"); experts are dropless then.
+          logit_positions: [b, n] int32 places in the row whose logits are wanted; None wants all.
+            With a large vocabulary logits are most of a small model's work.
 
         Returns:
-          [b, l, vocab] float32 logits.
+          [b, l, vocab] float32 logits, or [b, n, vocab].
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         length = inputs.shape[1]
@@ -126,6 +129,8 @@ class Decoder(nn.Module):
         for layer in range(config.num_layers):
             block = DecoderLayer(config, layer, self.mesh, self.num_groups, name=f"layers_{layer}")
             x = block(x, mask, positions, is_training=is_training, decode=decode)
+        if logit_positions is not None:
+            x = jnp.take_along_axis(x, logit_positions[..., None], axis=1)
         x = layers.layer_norm(config, "final_norm")(x).astype(dtype)
         embedding = jnp.asarray(embedder.embedding, dtype)
         # bld,vd->blv: the output projection is the token embedding; logits stay float32.
@@ -218,6 +223,30 @@ def moe_metrics(intermediates: Any) -> dict[str, jax.Array]:
         name: sum(found, zero) / (1 if name.endswith("_loss") else max(len(found), 1))
         for name, found in values.items()
     }
+
+
+def select_targets(
+    batch: Any, target_length: int | None
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """Picks the places of each row that can count in a loss or a score.
+
+    Args:
+      batch: with `targets` and `weights`, both [b, l].
+      target_length: n, at least what the weighted targets of any row take up; None or l takes
+        whole rows.
+
+    Returns:
+      Decoder's `logit_positions` ([b, n] int32, consecutive; None for whole rows), and the targets
+      and weights there.
+    """
+    length = batch.weights.shape[-1]
+    if target_length is None or target_length >= length:
+        return None, batch.targets, batch.weights
+    first = jnp.argmax(batch.weights != 0, axis=-1)
+    start = jnp.minimum(first, length - target_length)
+    window = (start[:, None] + jnp.arange(target_length)).astype(jnp.int32)
+    targets = jnp.take_along_axis(batch.targets, window, axis=-1)
+    return window, targets, jnp.take_along_axis(batch.weights, window, axis=-1)
 
 
 def token_log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:

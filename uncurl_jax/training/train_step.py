@@ -13,7 +13,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uncurl_jax.config import ModelConfig, TrainConfig
-from uncurl_jax.models.decoder import Decoder, Params, abstract_params, moe_metrics
+from uncurl_jax.models.decoder import (
+    Decoder,
+    Params,
+    abstract_params,
+    moe_metrics,
+    select_targets,
+)
 from uncurl_jax.training import losses, optimizer
 
 
@@ -92,11 +98,16 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh | None) -
 
 
 def make_train_step(
-    model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, num_groups: int | None = None
+    model: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    num_groups: int | None = None,
+    target_length: int | None = None,
 ) -> Callable[[TrainState, Any, int], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the compiled step (state, batch, seed) -> (state, metrics); the state is donated.
 
-    Stages that differ in seed alone share one compiled program.
+    Stages that differ in seed alone share one compiled program. If the weighted targets of every
+    row lie within `target_length` places, logits are computed there alone; the loss is the same.
     """
     return _compiled_step(
         model,
@@ -106,26 +117,38 @@ def make_train_step(
         config.accumulation_steps,
         mesh,
         num_groups,
+        target_length,
     )
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled_step(model, optimizer_config, num_steps, trainable, accumulation, mesh, num_groups):
+def _compiled_step(
+    model,
+    optimizer_config,
+    num_steps,
+    trainable,
+    accumulation,
+    mesh,
+    num_groups,
+    target_length,
+):
     decoder = Decoder(model, mesh, num_groups)
     transformation = optimizer.make_optimizer(optimizer_config, num_steps, trainable)
     schedule = optimizer.learning_rate_schedule(optimizer_config, num_steps)
 
     def loss_of_part(params: Params, part: Any, total_weight: jax.Array, key: jax.Array):
         """Loss of one part of the batch; the parts' losses and gradients add up."""
+        window, targets, weights = select_targets(part, target_length)
         logits, sown = decoder.apply(
             {"params": params},
             part.inputs,
             part.mask,
             is_training=True,
+            logit_positions=window,
             mutable=["intermediates"],
             rngs={"jitter": key},
         )
-        tokens = losses.token_loss(logits, part.targets, part.weights)
+        tokens = losses.token_loss(logits, targets, weights)
         metrics = moe_metrics(sown.get("intermediates", {}))
         metrics = {name: value / accumulation for name, value in metrics.items()}
         cross_entropy = tokens.cross_entropy / total_weight

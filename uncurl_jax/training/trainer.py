@@ -274,7 +274,12 @@ def _loop(
     begin = int(state.step)
     end = max(begin, min(config.num_steps, stop_after_step or config.num_steps))
     log = _MetricsLog(run, begin, quiet)
-    step_function = train_step.make_train_step(run.model, config, run.mesh)
+    step_function = train_step.make_train_step(
+        run.model,
+        config,
+        run.mesh,
+        target_length=run.cache.target_length,
+    )
     batches = _train_batches(config, run.cache, run.length, start_step=begin)
     every = config.save_every_steps
     try:
