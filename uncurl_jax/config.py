@@ -45,6 +45,16 @@ class ModelConfig:
         training; 0 turns it off.
       auxiliary_loss_weight: weight of the load-balancing loss (Switch Transformer, eq. 4).
       router_z_loss_weight: weight of the router z-loss (ST-MoE, eq. 5).
+      is_gated: feed-forward networks and experts compute wo(activation(wg x) * wi x) in place of
+        wo(activation(wi x)).
+      activation: "gelu" (the tanh approximation, as GPT-2), "silu" or "relu".
+      has_mlp_bias: whether feed-forward networks and experts have biases.
+      shared_mlp_dim: hidden width of a feed-forward network that every token of an MoE layer goes
+        through beside its experts (a shared expert); 0 for none. Pruning leaves it as it is.
+      has_shared_gate: scale the shared expert's output by a sigmoid of one more projection
+        (Qwen2-MoE).
+      expert_map: None, or per layer None or the expert of each router column: a router wider than
+        its experts, as pruning with router "remap" leaves it. Gates of one expert add up.
       init_stddev: standard deviation of every kernel's initial values (GPT-2: 0.02); those that
         write to the residual stream are scaled by 1/sqrt(2 * depth).
       norm_epsilon: epsilon of LayerNorm.
@@ -66,6 +76,12 @@ class ModelConfig:
     router_jitter: float = 0.0
     auxiliary_loss_weight: float = 0.01
     router_z_loss_weight: float = 0.0
+    is_gated: bool = False
+    activation: str = "gelu"
+    has_mlp_bias: bool = True
+    shared_mlp_dim: int = 0
+    has_shared_gate: bool = False
+    expert_map: tuple[tuple[int, ...] | None, ...] | None = None
     init_stddev: float = 0.02
     norm_epsilon: float = 1e-5
     dtype: str = "bfloat16"
@@ -103,8 +119,39 @@ class ModelConfig:
             factor = getattr(self, name)
             if factor is not None and factor <= 0:
                 raise InputError(f"{name} must be positive, or None for dropless, got {factor}.")
+        if self.activation not in ("gelu", "silu", "relu"):
+            raise InputError(
+                f'activation must be "gelu", "silu" or "relu", got {self.activation!r}.'
+            )
+        if self.shared_mlp_dim < 0 or (self.has_shared_gate and not self.shared_mlp_dim):
+            raise InputError(
+                "shared_mlp_dim must not be negative, and positive with has_shared_gate, got "
+                f"{self.shared_mlp_dim}."
+            )
+        if self.expert_map is not None:
+            object.__setattr__(self, "expert_map", self._checked_map(self.expert_map))
         if self.dtype not in ("bfloat16", "float32"):
             raise InputError(f'dtype must be "bfloat16" or "float32", got {self.dtype!r}.')
+
+    def _checked_map(self, expert_map: Any) -> tuple[tuple[int, ...] | None, ...]:
+        result = tuple(None if row is None else tuple(map(int, row)) for row in expert_map)
+        if len(result) != len(self.num_experts):
+            raise InputError(
+                f"expert_map must have one entry per layer, got {len(result)} for "
+                f"{len(self.num_experts)} layers."
+            )
+        for layer, (row, count) in enumerate(zip(result, self.num_experts, strict=True)):
+            if row is not None and set(row) != set(range(count)):
+                raise InputError(
+                    f"expert_map[{layer}] must name each of the layer's {count} experts, got "
+                    f"{sorted(set(row))}."
+                )
+        return result
+
+    def router_width(self, layer: int) -> int:
+        """Columns of a layer's router: its experts, or more if `expert_map` says so."""
+        row = self.expert_map[layer] if self.expert_map is not None else None
+        return self.num_experts[layer] if row is None else len(row)
 
     @property
     def num_layers(self) -> int:
@@ -132,12 +179,17 @@ class ModelConfig:
     def with_experts(self, count: int) -> ModelConfig:
         """Returns the same model with `count` experts in every MoE layer."""
         return dataclasses.replace(
-            self, num_experts=tuple(count if experts else 0 for experts in self.num_experts)
+            self,
+            num_experts=tuple(count if experts else 0 for experts in self.num_experts),
+            expert_map=None,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-compatible dict; `from_dict` reads it back."""
-        return {**dataclasses.asdict(self), "num_experts": list(self.num_experts)}
+        values = {**dataclasses.asdict(self), "num_experts": list(self.num_experts)}
+        if self.expert_map is not None:
+            values["expert_map"] = [None if row is None else list(row) for row in self.expert_map]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

@@ -10,6 +10,7 @@ from scipy import stats
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments import report, report_page
+from uncurl_jax.pruning.grouping import GroupingOptions
 from uncurl_jax.pruning.plan import LayerPlan, PlanSource, PruningPlan
 
 MOE_LAYERS = (0, 2, 4)
@@ -57,6 +58,7 @@ def make_plan(num_experts=8, num_clusters=2, method="uncurl", task="rte"):
         layers.append(
             LayerPlan(
                 layer=layer,
+                method=method,
                 num_experts=num_experts,
                 labels=tuple(labels),
                 reference=tuple(range(num_clusters)),
@@ -64,13 +66,25 @@ def make_plan(num_experts=8, num_clusters=2, method="uncurl", task="rte"):
                 selected=tuple(generator.integers(10, 1000, num_experts)),
                 cluster_sizes=tuple(sizes),
                 gate_factors=None,
+                fitted_router=None,
                 expected_drop_fraction=0.08,
                 diagnostics={},
+                verdict="caution: 8.0 % of the assignments would overflow.",
                 warnings=("layer 0 drops <8 %> of its tokens",) if layer == 0 else (),
             )
         )
     source = PlanSource("c", "s", task, "train", 1000, (num_experts, 0) * 3, 1)
-    return PruningPlan(method, "reference", "cosine", 0, True, False, 1.0, source, tuple(layers))
+    return PruningPlan(
+        method=method,
+        router="reference",
+        grouping=GroupingOptions(),
+        seed=0,
+        alignment="features",
+        gate_compensation=False,
+        eval_capacity_factor=1.0,
+        source=source,
+        layers=tuple(layers),
+    )
 
 
 def write_study(directory: Path, runs, plans=None, title="A small study") -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning.alignment import (
+    AlignmentPool,
     align_clusters,
+    align_expert,
     alignment_permutation,
     feature_products,
     permute_hidden,
@@ -29,6 +32,43 @@ def test_feature_products_worked_by_hand():
     # M_ij = wi_i wi_j + wo_i wo_j
     np.testing.assert_array_equal(feature_products(first, second), [[3, 8], [0, 10]])
     np.testing.assert_array_equal(alignment_permutation(first, second), [0, 1])
+
+
+def test_unit_features_are_scaled_to_norm_one_and_zeros_stay():
+    first = {"wi": np.array([[3.0, 0.0]]), "wo": np.array([[4.0], [0.0]])}
+    second = {"wi": np.array([[0.0, 6.0]]), "wo": np.array([[2.0], [8.0]])}
+    # features of `first`: (3, 4) / 5 and zeros; of `second`: (0, 1) and (6, 8) / 10
+    expected = [[0.8, 1.0], [0.0, 0.0]]
+    np.testing.assert_allclose(feature_products(first, second, "unit_features"), expected)
+    aligned = align_expert(first, second, "unit_features")
+    np.testing.assert_array_equal(aligned.permutation, [1, 0])
+    # cosines of the matrices of unit features, whose norms are 1 and sqrt(2)
+    assert aligned.similarity_before == pytest.approx(0.8 / 2**0.5)
+    assert aligned.similarity_after == pytest.approx(1.0 / 2**0.5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16), gated=st.booleans())
+def test_unit_features_do_not_see_how_large_a_unit_is(reference, seed, gated):
+    generator = np.random.default_rng(seed)
+    experts = reference.experts(generator, 2, embed=3, mlp=5, gated=gated)
+    first, second = select_expert(experts, 0), select_expert(experts, 1)
+    scale = generator.uniform(0.1, 10, 5).astype(np.float32)
+    scaled = {
+        name: array * (scale[:, None] if name == "wo" else scale) if name != "wo_bias" else array
+        for name, array in second.items()
+    }
+    products = feature_products(first, second, "unit_features")
+    np.testing.assert_allclose(
+        feature_products(first, scaled, "unit_features"), products, rtol=1e-5, atol=1e-6
+    )
+    assert np.abs(products).max() <= 1 + 1e-6
+
+
+def test_an_unknown_alignment_is_refused(reference):
+    expert = one_expert(reference, 0)
+    with pytest.raises(InputError, match=r"features, unit_features .* got 'none'"):
+        feature_products(expert, expert, "none")
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -118,6 +158,25 @@ def test_worker_processes_give_the_same_alignment(reference):
     pooled = align_clusters(experts, labels, references, workers=2)
     for a, b in zip(alone, pooled, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_expert_that_is_not_finite_is_refused_by_any_process(reference, workers):
+    experts, labels, references = layer(reference)
+    experts["wo"][4, 0, 0] = np.inf
+    with pytest.raises(InputError, match="Experts to align must be finite"):
+        align_clusters(experts, labels, references, workers=workers)
+
+
+def test_a_worker_that_dies_is_an_error(reference):
+    expert = one_expert(reference, 0)
+    with AlignmentPool(1, "features") as pool:
+        assert pool.submit(0, expert, expert).result().similarity_after == pytest.approx(1.0)
+        (child,) = multiprocessing.active_children()
+        child.kill()
+        child.join()
+        with pytest.raises(RuntimeError, match="must not end by itself, got exit code -9"):
+            pool.submit(0, expert, expert).result()
 
 
 def test_negative_workers_are_refused(reference):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse.csgraph
@@ -11,7 +13,11 @@ from hypothesis import strategies as st
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning.affinity import affinity
 from uncurl_jax.pruning.clustering import (
+    LABEL_ASSIGNMENTS,
+    adjusted_rand_index,
+    assign_within_capacity,
     canonical_labels,
+    cap_cluster_sizes,
     eigengap,
     laplacian_eigenvalues,
     silhouette,
@@ -53,15 +59,31 @@ def test_laplacian_eigenvalues_equal_those_of_scipys_laplacian(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_clusters_equal_scikit_learns_spectral_clustering(reference, seed):
+@pytest.mark.parametrize("assign_labels", LABEL_ASSIGNMENTS)
+def test_clusters_equal_scikit_learns_spectral_clustering(reference, seed, assign_labels):
     h = reference.planted_logits(seed, PLANTED)
     A = affinity(reference.statistics(h), "cosine")
-    ours = spectral_clustering(A, 4, seed=seed, frequency=np.ones(10))
+    ours = spectral_clustering(
+        A, 4, seed=seed, frequency=np.ones(10), assign_labels=assign_labels
+    )
     theirs = sklearn.cluster.SpectralClustering(
-        4, affinity="precomputed", assign_labels="kmeans", random_state=0
+        4, affinity="precomputed", assign_labels=assign_labels, random_state=0
     ).fit_predict(A)
     assert reference.same_partition(ours, theirs)
     assert reference.same_partition(ours, PLANTED)
+
+
+def test_cluster_qr_has_no_random_start(reference):
+    A = random_affinity(1, 12)
+    results = {
+        tuple(
+            spectral_clustering(
+                A, 5, seed=seed, frequency=np.arange(12.0), assign_labels="cluster_qr"
+            )
+        )
+        for seed in range(5)
+    }
+    assert len(results) == 1
 
 
 def test_embedding_rows_have_norm_one_and_signs_are_fixed():
@@ -95,30 +117,48 @@ def test_one_cluster_holds_everyone():
 
 @pytest.mark.parametrize("num_clusters", range(1, 9))
 @pytest.mark.parametrize("shared", [0.0, 1.0])
-def test_equal_and_isolated_experts_still_fill_every_cluster(num_clusters, shared):
+@pytest.mark.parametrize("assign_labels", LABEL_ASSIGNMENTS)
+def test_equal_and_isolated_experts_still_fill_every_cluster(num_clusters, shared, assign_labels):
     A = np.full((8, 8), shared)
     np.fill_diagonal(A, 1.0)
-    labels = spectral_clustering(A, num_clusters, seed=0, frequency=np.arange(8.0))
+    labels = spectral_clustering(
+        A, num_clusters, seed=0, frequency=np.arange(8.0), assign_labels=assign_labels
+    )
     assert set(labels) == set(range(num_clusters))
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**16), num_experts=st.integers(2, 9), data=st.data())
-def test_clustering_fills_every_cluster_repeats_and_follows_a_permutation(seed, num_experts, data):
+@given(
+    seed=st.integers(0, 2**16),
+    num_experts=st.integers(2, 9),
+    assign_labels=st.sampled_from(LABEL_ASSIGNMENTS),
+    data=st.data(),
+)
+def test_clustering_fills_every_cluster_repeats_and_follows_a_permutation(
+    seed, num_experts, assign_labels, data
+):
     num_clusters = data.draw(st.integers(1, num_experts))
     A = random_affinity(seed, num_experts)
     generator = np.random.default_rng(seed)
     frequency = generator.permutation(num_experts).astype(float)
-    labels = spectral_clustering(A, num_clusters, seed=3, frequency=frequency)
+
+    def cluster(order):
+        return spectral_clustering(
+            A[np.ix_(order, order)],
+            num_clusters,
+            seed=3,
+            frequency=frequency[order],
+            assign_labels=assign_labels,
+        )
+
+    labels = cluster(np.arange(num_experts))
     assert set(labels) == set(range(num_clusters))
-    again = spectral_clustering(A, num_clusters, seed=3, frequency=frequency)
+    again = cluster(np.arange(num_experts))
     np.testing.assert_array_equal(labels, again)
     mass = [frequency[labels == cluster].sum() for cluster in range(num_clusters)]
     assert mass == sorted(mass, reverse=True)
     order = generator.permutation(num_experts)
-    permuted = spectral_clustering(
-        A[np.ix_(order, order)], num_clusters, seed=3, frequency=frequency[order]
-    )
+    permuted = cluster(order)
     if len(set(mass)) == len(mass):
         np.testing.assert_array_equal(permuted, labels[order])
 
@@ -148,6 +188,59 @@ def test_silhouette_equals_scikit_learns(seed):
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])
 def test_silhouette_of_one_or_all_clusters_is_undefined(labels):
     assert silhouette(np.eye(3), np.array(labels)) is None
+
+
+def test_adjusted_rand_index_worked_by_hand():
+    # Pairs together: 1 on the left, 2 on the right, 1 in both, of 6; by chance 1 * 2 / 6 = 1/3.
+    assert adjusted_rand_index([0, 0, 1, 2], [1, 1, 0, 0]) == pytest.approx(
+        (1 - 1 / 3) / (1.5 - 1 / 3)
+    )
+    assert adjusted_rand_index([0, 0, 1, 2], [2, 2, 0, 1]) == 1.0
+    assert adjusted_rand_index([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx(-0.5)
+
+
+def test_capping_cluster_sizes_worked_by_hand():
+    points = np.array([[0.0], [1.0], [2.0], [10.0]])
+    # Centres 1 and 10. Expert 1 is nearest to its own and stays; moving 2 costs 64 - 1, moving 0
+    # costs 100 - 1.
+    labels = np.array([0, 0, 0, 1])
+    np.testing.assert_array_equal(cap_cluster_sizes(points, labels, 2), [0, 0, 1, 1])
+    assert cap_cluster_sizes(points, labels, 3) is labels
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**16), num_clusters=st.integers(2, 3), slack=st.integers(0, 1))
+def test_capped_clusters_are_the_nearest_of_all_that_keep_the_cap(seed, num_clusters, slack):
+    generator = np.random.default_rng(seed)
+    points = generator.normal(size=(7, 2))
+    labels = np.concatenate([np.arange(num_clusters), generator.integers(0, num_clusters, 4)])
+    points, labels = points[: len(labels)], generator.permutation(labels)
+    cap = -(-len(labels) // num_clusters) + slack
+    centres = np.stack([points[labels == c].mean(axis=0) for c in range(num_clusters)])
+    cost = np.square(points[:, None] - centres).sum(axis=-1)
+    kept = {
+        min(np.flatnonzero(labels == c), key=lambda z, c=c: cost[z, c]): c
+        for c in range(num_clusters)
+    }
+    got = cap_cluster_sizes(points, labels, cap)
+    assert np.bincount(got, minlength=num_clusters).max() <= cap
+    if np.bincount(labels).max() <= cap:
+        np.testing.assert_array_equal(got, labels)
+        return
+    best = min(
+        sum(cost[z, c] for z, c in enumerate(choice))
+        for choice in itertools.product(range(num_clusters), repeat=len(labels))
+        if np.bincount(choice).max() <= cap and all(choice[z] == c for z, c in kept.items())
+    )
+    assert cost[np.arange(len(labels)), got].sum() == pytest.approx(best)
+
+
+def test_an_assignment_within_capacity_worked_by_hand():
+    # Two places each: the one that loses least by leaving cluster 0 leaves it.
+    cost = np.array([[0.0, 1.0], [0.0, 5.0], [0.0, 9.0]])
+    np.testing.assert_array_equal(assign_within_capacity(cost, 2), [1, 0, 0])
+    np.testing.assert_array_equal(assign_within_capacity(cost, 3), [0, 0, 0])
+    assert assign_within_capacity(np.zeros((0, 2)), 0).shape == (0,)
 
 
 @pytest.mark.parametrize(

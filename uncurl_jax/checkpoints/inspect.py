@@ -9,6 +9,7 @@ from typing import Any
 
 from uncurl_jax.checkpoints import layout
 from uncurl_jax.checkpoints.parameters import is_expert_array
+from uncurl_jax.checkpoints.provenance import provenance_chain
 from uncurl_jax.config import ModelConfig
 
 
@@ -25,7 +26,8 @@ def describe(path: layout.PathLike | layout.CheckpointPath) -> dict[str, Any]:
       (of the parameters, uncompressed), "dtypes" {dtype: parameters}, "optimizer_bytes" (0 if no
       state was saved), "layers" (per layer: "layer", "num_experts", "parameters",
       "active_parameters", "bytes"), "model_config", "vocabulary" and "provenance" (None where the
-      file is missing, as in a checkpoint of T5X).
+      file is missing, as in a checkpoint of T5X) and "chain" (the checkpoint and all that it was
+      made from, the newest first: "path", "created_by", "fingerprint" and "plan_hash").
 
     Raises:
       InputError: If the checkpoint does not resolve, or its arrays are not its architecture's.
@@ -63,6 +65,15 @@ def describe(path: layout.PathLike | layout.CheckpointPath) -> dict[str, Any]:
         "model_config": config.to_dict(),
         "vocabulary": _optional(checkpoint, layout.VOCABULARY_FILE),
         "provenance": _optional(checkpoint, layout.PROVENANCE_FILE),
+        "chain": [
+            {
+                "path": link.path,
+                "created_by": link.created_by,
+                "fingerprint": link.fingerprint,
+                "plan_hash": link.plan_hash,
+            }
+            for link in provenance_chain(checkpoint)
+        ],
     }
 
 

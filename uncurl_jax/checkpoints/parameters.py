@@ -35,22 +35,32 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "attention/out/bias": (embed,),
         }
         if experts:
-            block |= {
-                "moe/router/kernel": (embed, experts),
-                "moe/experts/wi": (experts, embed, mlp),
-                "moe/experts/wi_bias": (experts, mlp),
-                "moe/experts/wo": (experts, mlp, embed),
-                "moe/experts/wo_bias": (experts, embed),
-            }
+            block["moe/router/kernel"] = (embed, config.router_width(layer))
+            for name, shape in _mlp_parameters(config, mlp).items():
+                stored = name.replace("/kernel", "").replace("/bias", "_bias")
+                block[f"moe/experts/{stored}"] = (experts, *shape)
+            if config.shared_mlp_dim:
+                shared = _mlp_parameters(config, config.shared_mlp_dim)
+                block |= {f"moe/shared/{name}": shape for name, shape in shared.items()}
+            if config.has_shared_gate:
+                block["moe/shared_gate/kernel"] = (embed, 1)
         else:
-            block |= {
-                "mlp/wi/kernel": (embed, mlp),
-                "mlp/wi/bias": (mlp,),
-                "mlp/wo/kernel": (mlp, embed),
-                "mlp/wo/bias": (embed,),
-            }
+            block |= {f"mlp/{name}": shape for name, shape in _mlp_parameters(config, mlp).items()}
         shapes |= {f"layers_{layer}/{name}": shape for name, shape in block.items()}
     return dict(sorted(shapes.items()))
+
+
+def _mlp_parameters(config: ModelConfig, mlp: int) -> dict[str, tuple[int, ...]]:
+    """Returns {name: shape} of one feed-forward network with hidden width `mlp`."""
+    embed = config.embed_dim
+    shapes: dict[str, tuple[int, ...]] = {"wi/kernel": (embed, mlp), "wo/kernel": (mlp, embed)}
+    if config.has_mlp_bias:
+        shapes |= {"wi/bias": (mlp,), "wo/bias": (embed,)}
+    if config.is_gated:
+        shapes["wg/kernel"] = (embed, mlp)
+        if config.has_mlp_bias:
+            shapes["wg/bias"] = (mlp,)
+    return shapes
 
 
 def differences(

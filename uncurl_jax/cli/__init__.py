@@ -51,6 +51,10 @@ def _count_list(text: str) -> int | tuple[int, ...]:
     return counts[0] if len(counts) == 1 else counts
 
 
+def _name_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     try:
@@ -136,22 +140,37 @@ def _add_model_commands(command: Any) -> None:
     sub.add_argument("--batch_size", type=int)
     sub.add_argument("--max_batches", type=int)
     sub.add_argument("--dropless", action="store_true", dest="is_dropless")
+    sub.add_argument(
+        "--collect",
+        action="append",
+        help="optional statistics: outputs (for ean, reap), all_outputs (for hc_smoe); repeatable",
+    )
+    sub.add_argument(
+        "--inputs_out", help="also sample the layers' inputs, for router fit and merge errors"
+    )
+    sub.add_argument("--sample_tokens", type=int, help="tokens of that sample (default 4096)")
+    sub.add_argument(
+        "--shard", type=_shard, metavar="i/n", help="part i of n batches; see merge-statistics"
+    )
+    sub.add_argument(
+        "--layer_by_layer",
+        action="store_true",
+        help="for models larger than memory: parameters are read as they are needed",
+    )
+    sub.add_argument("--activations_dir", help="with --layer_by_layer: keep activations on disk")
     _add_mesh_arguments(sub)
 
-    sub = command("plan", "Decide which experts are merged or dropped.")
-    sub.add_argument("--statistics", required=True, help="what calibrate wrote")
+    sub = command("merge-statistics", "Add statistics of different tokens: shards, or more tasks.")
+    sub.add_argument("statistics", nargs="+", metavar="STATISTICS")
+    sub.add_argument("--out", required=True, help="router_statistics.npz to write")
+
+    _add_plan_command(command)
+
+    sub = command("inspect-plan", "Show a plan's diagnostics as a table, and as a picture.")
+    sub.add_argument("plan", metavar="PLAN")
     sub.add_argument(
-        "--num_experts",
-        type=_count_list,
-        help="experts per MoE layer afterwards: one number, or one per MoE layer with commas",
+        "--picture", help="HTML page to write: the table, clusters and loads of every layer"
     )
-    sub.add_argument("--method", help="uncurl (default), frequency, random")
-    sub.add_argument("--router", help="reference (default), mean, reinit")
-    sub.add_argument("--affinity", help="cosine (default), pearson, centered")
-    sub.add_argument("--no_align", action="store_false", dest="align")
-    sub.add_argument("--gate_compensation", action="store_true")
-    sub.add_argument("--seed", type=int)
-    sub.add_argument("--out", required=True, help="pruning_plan.json to write")
 
     sub = command("prune", "Carry out a plan: checkpoint in, smaller checkpoint out.")
     sub.add_argument("--checkpoint", required=True)
@@ -170,8 +189,50 @@ def _add_model_commands(command: Any) -> None:
     sub.add_argument("--max_new_tokens", type=int)
     _add_mesh_arguments(sub)
 
+    sub = command("verify", "Replay a pruned checkpoint's plan and compare every array.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT")
+    sub.add_argument("--source", help="the unpruned checkpoint, if it was moved")
+
     sub = command("inspect", "Describe a checkpoint: layers, experts, parameters, bytes, origin.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
+
+
+def _add_plan_command(command: Any) -> None:
+    sub = command("plan", "Decide which experts are merged or dropped.")
+    sub.add_argument("--statistics", required=True, help="what calibrate wrote")
+    sub.add_argument(
+        "--num_experts",
+        type=_count_list,
+        help="experts per MoE layer afterwards: one number, or one per MoE layer with commas",
+    )
+    sub.add_argument("--total_experts", type=int, help="experts of all MoE layers together")
+    sub.add_argument("--multiple_of", type=int, help="every count a multiple of this")
+    sub.add_argument("--method", help="uncurl (default) or another of docs/methods.md")
+    sub.add_argument(
+        "--layer_methods",
+        type=_name_list,
+        help="with --method composite: a method per MoE layer, the last for all that follow",
+    )
+    sub.add_argument("--router", help="reference (default), mean, fit, reinit, remap")
+    sub.add_argument("--affinity", help="cosine (default), pearson, centered")
+    sub.add_argument("--assign_labels", help="kmeans (default), cluster_qr")
+    sub.add_argument("--merge_weights", help="frequency (default), gate_mass, uniform")
+    sub.add_argument("--max_cluster_size", type=int)
+    sub.add_argument("--num_protected", type=int, help="of uncurl_protected; by default by rule")
+    sub.add_argument("--alignment", help="features (default), unit_features, none")
+    sub.add_argument("--no_align", action="store_const", const="none", dest="alignment")
+    sub.add_argument("--gate_compensation", action="store_true")
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--checkpoint", help="what was calibrated; methods that look at weights ask")
+    sub.add_argument("--base_checkpoint", help="of router_norm: an earlier checkpoint")
+    sub.add_argument("--router_inputs", help="what calibrate --inputs_out wrote")
+    sub.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="with --checkpoint: align and merge in memory, and measure what is lost",
+    )
+    sub.add_argument("--workers", type=int, help="processes for that alignment (default 0)")
+    sub.add_argument("--out", required=True, help="pruning_plan.json to write")
 
 
 def _add_study_commands(command: Any) -> None:

@@ -23,7 +23,10 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "cache": ("uncurl_jax.data.token_cache",),
     "train": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
     "calibrate": ("uncurl_jax.evaluation.calibration",),
+    "merge-statistics": (),
     "plan": ("uncurl_jax.pruning.plan",),
+    "inspect-plan": (),
+    "verify": (),
     "prune": ("uncurl_jax.checkpoints.transform",),
     "evaluate": ("uncurl_jax.evaluation.evaluator",),
     "inspect": (),
@@ -212,36 +215,88 @@ def train(options: Options) -> Any:
 def calibrate(options: Options) -> Any:
     """`uncurl calibrate`."""
     _initialize_distributed(options)
-    from uncurl_jax.evaluation import calibration
-
     out = _new_output(options.pop("out"))
+    if "inputs_out" in options:
+        _check_writable(options["inputs_out"])
     with _open_task(options, "train") as task_cache:
         options.pop("vocabulary", None)
-        run = configured(calibration.calibrate_checkpoint)
+        run = configured(_calibration(options))
         statistics = run(cache=task_cache, out=out, **options)
-    return _only_first_process(
-        {
-            "out": str(out),
-            "task": statistics.manifest["task"],
-            "tokens": statistics.tokens,
-            "moe_layers": sorted(statistics.layers),
-            "hash": statistics.hash,
-        }
+    return _only_first_process(_statistics_line(out, statistics))
+
+
+def _calibration(options: Options) -> Callable[..., Any]:
+    """Chooses the function that calibrates; options that only the other one has are refused."""
+    from uncurl_jax.evaluation import calibration, layerwise_calibration
+
+    is_layerwise = options.pop("layer_by_layer", False)
+    foreign = (
+        ("shard", "expert_partitions", "model_partitions") if is_layerwise else ("activations_dir",)
     )
+    given = [name for name in foreign if name in options]
+    if given:
+        raise InputError(
+            f"--{given[0]} must come {'without' if is_layerwise else 'with'} --layer_by_layer, "
+            "got it otherwise: leave it out."
+        )
+    if is_layerwise:
+        return layerwise_calibration.calibrate_layer_by_layer
+    return calibration.calibrate_checkpoint
+
+
+def _statistics_line(out: Path, statistics: Any) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "task": statistics.manifest["task"],
+        "tokens": statistics.tokens,
+        "moe_layers": sorted(statistics.layers),
+        "collected": statistics.manifest["collected"],
+        "hash": statistics.hash,
+    }
+
+
+def merge_statistics(options: Options) -> Any:
+    """`uncurl merge-statistics`."""
+    from uncurl_jax.pruning import statistics
+
+    out = _new_output(options["out"])
+    merged = statistics.merge_statistics(options["statistics"])
+    merged.save(out)
+    return _statistics_line(out, merged)
 
 
 def plan(options: Options) -> Any:
     """`uncurl plan`."""
+    from tqdm import tqdm
+
     from uncurl_jax.pruning import plan as plan_lib
+    from uncurl_jax.pruning.router_inputs import RouterInputs
     from uncurl_jax.pruning.statistics import RouterStatistics
 
     out = _new_output(options.pop("out"))
     statistics = RouterStatistics.load(options.pop("statistics"))
+    is_diagnosed, workers = options.pop("diagnose", False), options.pop("workers", 0)
+    weights = _plan_weights(options, is_needed=is_diagnosed)
+    if weights is not None:
+        weights.check_source(statistics.manifest["checkpoint_hash"])
+        options["weights"] = weights
+    if "router_inputs" in options:
+        options["router_inputs"] = RouterInputs.load(options["router_inputs"])
     if "eval_capacity_factor" not in bound(plan_lib.make_plan):
         # Overflow is predicted for the capacity that the statistics were taken at.
         factor = statistics.manifest.get("eval_capacity_factor", 1.0)
         options["eval_capacity_factor"] = factor
     result = configured(plan_lib.make_plan)(statistics, **options)
+    if is_diagnosed and weights is not None:
+        with tqdm(desc="diagnose", file=sys.stderr, unit="layer", delay=1e-3) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            result = weights.measure(
+                result, options.get("router_inputs"), workers=workers, progress=show
+            )
     result.save(out)
     for warning in result.warnings:
         print(f"uncurl plan: warning: {warning}", file=sys.stderr)
@@ -254,8 +309,42 @@ def plan(options: Options) -> Any:
             str(layer.layer): layer.expected_drop_fraction for layer in result.layers
         },
         "warnings": len(result.warnings),
+        "verdict": result.verdict,
         "hash": result.hash,
     }
+
+
+def _plan_weights(options: Options, *, is_needed: bool) -> Any:
+    """Opens --checkpoint (and --base_checkpoint) for planning, None if it is not given."""
+    from uncurl_jax.checkpoints.weights import CheckpointWeights
+
+    checkpoint, base = options.pop("checkpoint", None), options.pop("base_checkpoint", None)
+    if checkpoint is not None:
+        return CheckpointWeights(checkpoint, base)
+    if base is not None or is_needed:
+        name = "--diagnose" if is_needed else "--base_checkpoint"
+        raise InputError(f"{name} needs the checkpoint that was calibrated: give --checkpoint too.")
+    return None
+
+
+def inspect_plan(options: Options) -> Any:
+    """`uncurl inspect-plan`."""
+    from uncurl_jax.experiments import plan_view
+    from uncurl_jax.pruning.plan import PruningPlan
+
+    picture = _new_output(options["picture"]) if "picture" in options else None
+    loaded = PruningPlan.load(options["plan"])
+    print(plan_view.format_plan(loaded), file=sys.stderr)
+    if picture is not None:
+        plan_view.write_page(loaded, picture)
+    return {**plan_view.describe_plan(loaded), "picture": None if picture is None else str(picture)}
+
+
+def verify(options: Options) -> Any:
+    """`uncurl verify`."""
+    from uncurl_jax.checkpoints.verify import verify_checkpoint
+
+    return verify_checkpoint(options["checkpoint"], options.get("source"))
 
 
 def prune(options: Options) -> Any:
@@ -359,7 +448,10 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "cache": cache,
     "train": train,
     "calibrate": calibrate,
+    "merge-statistics": merge_statistics,
     "plan": plan,
+    "inspect-plan": inspect_plan,
+    "verify": verify,
     "prune": prune,
     "evaluate": evaluate,
     "inspect": inspect,

@@ -116,6 +116,12 @@ def draw_figures(
     return figures
 
 
+def draw_plan(task: str, plan: PruningPlan) -> list[Figure]:
+    """Draws one plan: its clusters, and the loads before and after."""
+    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):
+        return [draw_clusters(task, plan), draw_loads(task, plan)]
+
+
 def draw_scores(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws score against experts for the rows of one task: pruned, from scratch, unpruned."""
     canvas = Canvas(figsize=(_WIDTH_INCHES, 3.6))

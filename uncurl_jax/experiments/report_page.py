@@ -287,14 +287,6 @@ def render(report: Mapping[str, Any], figures: Sequence[Any]) -> str:
         + "</ul>"
         for finding in report["findings"]
     )
-    sections = {
-        section: "\n".join(_figure(figure) for figure in figures if figure.section == section)
-        for section in dict.fromkeys(figure.section for figure in figures)
-    }
-    plots = "\n".join(
-        f'<h2>{html.escape(section)}</h2>\n<div class="figures">{content}</div>'
-        for section, content in sections.items()
-    )
     warnings = "".join(
         f"<li>{html.escape(task)}: {html.escape(warning)}</li>"
         for task, shown in report["plans_shown"].items()
@@ -302,7 +294,62 @@ def render(report: Mapping[str, Any], figures: Sequence[Any]) -> str:
     )
     reading = "".join(f"<li>{html.escape(text)}</li>" for text in _READING)
     study = {key: value for key, value in report["study"].items() if key != "title"}
-    title = html.escape(report["title"])
+    body = f"""<p class="headline">{html.escape(report["headline"])}</p>
+{findings}
+<h2>Models</h2>
+{_table(report["rows"])}
+<p class="note">{_plural(report["num_runs"], "run")}. * interval over the examples of one run.</p>
+{_plots(figures)}
+{f"<h3>Warnings in the plans shown</h3><ul>{warnings}</ul>" if warnings else ""}
+<h2>How to read this</h2>
+<ul>{reading}</ul>
+<details><summary>Device, versions and configuration</summary>{_details(study)}</details>"""
+    return _document(report["title"], body)
+
+
+def render_plan(
+    title: str,
+    verdict: str,
+    table: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    figures: Sequence[Any],
+) -> str:
+    """Returns a plan's page.
+
+    Args:
+      title: heading.
+      verdict: sentence below it.
+      table: rows of cells, the first is the head.
+      notes: sentences about layers.
+      figures: clusters and loads.
+    """
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in table[1:]
+    )
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    body = f"""<p class="headline">{html.escape(verdict)}</p>
+<div class="figures"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+<ul>{items}</ul>
+{_plots(figures)}"""
+    return _document(title, body)
+
+
+def _plots(figures: Sequence[Any]) -> str:
+    sections = {
+        section: "\n".join(_figure(figure) for figure in figures if figure.section == section)
+        for section in dict.fromkeys(figure.section for figure in figures)
+    }
+    return "\n".join(
+        f'<h2>{html.escape(section)}</h2>\n<div class="figures">{content}</div>'
+        for section, content in sections.items()
+    )
+
+
+def _document(title: str, body: str) -> str:
+    """Returns a self-contained page: nothing is fetched, no script runs."""
+    title = html.escape(title)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -314,16 +361,7 @@ def render(report: Mapping[str, Any], figures: Sequence[Any]) -> str:
 </head>
 <body>
 <h1>{title}</h1>
-<p class="headline">{html.escape(report["headline"])}</p>
-{findings}
-<h2>Models</h2>
-{_table(report["rows"])}
-<p class="note">{_plural(report["num_runs"], "run")}. * interval over the examples of one run.</p>
-{plots}
-{f"<h3>Warnings in the plans shown</h3><ul>{warnings}</ul>" if warnings else ""}
-<h2>How to read this</h2>
-<ul>{reading}</ul>
-<details><summary>Device, versions and configuration</summary>{_details(study)}</details>
+{body}
 </body>
 </html>
 """

@@ -30,13 +30,17 @@ class StudyConfig:
       target_num_experts: D, the counts to prune to, wherever below Z.
       methods: see `uncurl_jax.pruning.methods`.
       routers: router treatments, see `uncurl_jax.pruning.router`.
+      layer_methods: methods of the MoE layers in order, for the method "composite".
       seeds: one run of everything but pretraining for each.
+      has_zero_shot: whether every model is also evaluated before it is trained on the task (a
+        pruned one right after the prune).
       has_scratch: whether models of the target counts are trained from scratch.
-      affinity, align, gate_compensation: see `uncurl_jax.pruning.plan.make_plan`.
+      affinity, alignment, gate_compensation: see `uncurl_jax.pruning.plan.make_plan`.
       vocabulary: spec, see `uncurl_jax.data.vocabulary.load_vocabulary`.
       max_length: tokens per row in the caches, at most the model's.
       calibration_batch_size: rows.
       calibration_max_batches: None calibrates on the whole training split.
+      sample_tokens: tokens that router "fit" is fitted on.
       examples_per_batch: in evaluation.
       is_length_normalized: in rank classification.
       is_dropless_evaluation: evaluate without capacity limit, whatever the model says.
@@ -55,15 +59,18 @@ class StudyConfig:
     target_num_experts: tuple[int, ...]
     methods: tuple[str, ...] = ("uncurl", "frequency")
     routers: tuple[str, ...] = ("reference",)
+    layer_methods: tuple[str, ...] | None = None
     seeds: tuple[int, ...] = (0,)
+    has_zero_shot: bool = False
     has_scratch: bool = True
     affinity: str = "cosine"
-    align: bool = True
+    alignment: str | None = None
     gate_compensation: bool = False
     vocabulary: str = "bytes"
     max_length: int | None = None
     calibration_batch_size: int = 32
     calibration_max_batches: int | None = None
+    sample_tokens: int = 4096
     examples_per_batch: int = 16
     is_length_normalized: bool = False
     is_dropless_evaluation: bool = False
@@ -78,6 +85,8 @@ class StudyConfig:
             if len(set(map(str, values))) < len(values):
                 raise InputError(f"{name} must not repeat, got {values}: remove the doubles.")
         object.__setattr__(self, "target_num_experts", tuple(self.target_num_experts))
+        if self.layer_methods is not None:
+            object.__setattr__(self, "layer_methods", tuple(self.layer_methods))
         largest = max(self.source_num_experts)
         for count in self.target_num_experts:
             if not self.model.num_selected_experts <= count < largest:

@@ -37,6 +37,7 @@ from uncurl_jax.artifacts import (
 )
 from uncurl_jax.checkpoints.inspect import describe
 from uncurl_jax.checkpoints.transform import prune_checkpoint
+from uncurl_jax.checkpoints.weights import CheckpointWeights
 from uncurl_jax.config import TrainConfig
 from uncurl_jax.data import registry, token_cache
 from uncurl_jax.data.jsonl_task import JsonlTask
@@ -51,9 +52,10 @@ from uncurl_jax.experiments.study import PRUNED, StudyConfig, WorkItem, task_nam
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh
 from uncurl_jax.pruning.affinity import AFFINITIES
 from uncurl_jax.pruning.choices import require_choice
-from uncurl_jax.pruning.methods import get_method
+from uncurl_jax.pruning.methods import COMPOSITE, Method, get_method
 from uncurl_jax.pruning.plan import FILE_NAME, PruningPlan, make_plan
 from uncurl_jax.pruning.router import TREATMENTS
+from uncurl_jax.pruning.router_inputs import RouterInputs
 from uncurl_jax.pruning.statistics import RouterStatistics
 from uncurl_jax.training import trainer
 
@@ -119,8 +121,12 @@ def run_sweep(
 
 def _check_choices(config: StudyConfig) -> None:
     """Raises InputError if a name is unknown or a batch does not divide among the devices."""
-    for method in config.methods:
-        get_method(method)
+    _single_methods(config)
+    if (COMPOSITE in config.methods) != (config.layer_methods is not None):
+        raise InputError(
+            f"layer_methods must come with method 'composite', got {config.layer_methods} with "
+            f"methods {config.methods}: give both or neither."
+        )
     for router in config.routers:
         require_choice("routers", router, TREATMENTS)
     require_choice("affinity", config.affinity, AFFINITIES)
@@ -135,6 +141,12 @@ def _check_choices(config: StudyConfig) -> None:
                 f"{name}.batch_size must be a multiple of the {shards} devices that share a batch, "
                 f"got {stage.batch_size}: choose a multiple, or hide some of the devices."
             )
+
+
+def _single_methods(config: StudyConfig) -> list[Method]:
+    """Returns the methods that group layers in a study; InputError if one is unknown."""
+    names = [*(name for name in config.methods if name != COMPOSITE), *(config.layer_methods or ())]
+    return [get_method(name) for name in dict.fromkeys(names)]
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -238,25 +250,34 @@ class _Runner:
 
         home = self._directory / "runs" / item.run
         checkpoint = timed("pretrain", lambda: self._pretrained(item.pretrained_num_experts))
-        plan = None
+        plan = zero_shot = None
+        untrained = checkpoint
         if item.kind == PRUNED:
             statistics = timed("calibrate", lambda: self._statistics(item))
             plan = timed("plan", lambda: self._plan(item, statistics, home))
             source, plan_file = checkpoint, plan
             checkpoint = timed("prune", lambda: self._pruned(source, plan_file, home))
-            pruned = checkpoint
+            untrained = pruned = checkpoint
             checkpoint = timed(
                 "warmup",
                 lambda: self._trained(self._config.warmup, item, pruned, home / "warmed_up"),
             )
+        if self._config.has_zero_shot:
+            path = home / "zero_shot.json"
+            zero_shot = timed("zero_shot", lambda: self._metrics(item, untrained, path))
         initial = checkpoint
         checkpoint = timed(
             "finetune",
             lambda: self._trained(self._config.finetune, item, initial, home / "finetuned"),
         )
-        metrics = read_json(timed("evaluate", lambda: self._metrics(item, checkpoint, home)))
+        path = home / "metrics.json"
+        metrics = read_json(timed("evaluate", lambda: self._metrics(item, checkpoint, path)))
         seconds["total"] = round(time.perf_counter() - started, 3)
-        return self._record(item, checkpoint, metrics, plan, seconds)
+        record = self._record(item, checkpoint, metrics, plan, seconds)
+        if zero_shot is not None:
+            found = read_json(zero_shot)
+            record["zero_shot"] = {name: found[name] for name in ("score", "interval")}
+        return record
 
     def remove_checkpoints(self, item: WorkItem) -> None:
         """Removes what `keep_checkpoints` False does not keep of a recorded run."""
@@ -327,6 +348,8 @@ class _Runner:
         count = item.pretrained_num_experts
         path = self._directory / "calibration" / f"{count}_experts" / f"{item.task}.npz"
         if not path.exists():
+            # A kill between the two files of a calibration leaves inputs without statistics.
+            self._router_inputs(item).unlink(missing_ok=True)
             calibrate_checkpoint(
                 self._pretrained(count),
                 TokenCache.open(self._cache(item.task) / "train"),
@@ -334,25 +357,49 @@ class _Runner:
                 batch_size=self._config.calibration_batch_size,
                 max_batches=self._config.calibration_max_batches,
                 is_dropless=self._config.is_dropless_evaluation,
+                collect=self._collected,
+                inputs_out=self._router_inputs(item) if self._has_inputs else None,
+                sample_tokens=self._config.sample_tokens,
                 quiet=self._quiet,
             )
         return path
+
+    @property
+    def _collected(self) -> tuple[str, ...]:
+        """Optional statistics that some method of the study needs."""
+        methods = _single_methods(self._config)
+        return tuple(sorted({group for method in methods for group in method.collect}))
+
+    @property
+    def _has_inputs(self) -> bool:
+        return "fit" in self._config.routers
+
+    def _router_inputs(self, item: WorkItem) -> Path:
+        folder = self._directory / "calibration" / f"{item.pretrained_num_experts}_experts"
+        return folder / f"{item.task}.inputs.npz"
 
     def _plan(self, item: WorkItem, statistics: Path, home: Path) -> Path:
         path = home / FILE_NAME
         if not path.exists():
             factor = None if self._config.is_dropless_evaluation else self._eval_capacity_factor
+            router = str(item.router)
+            inputs = RouterInputs.load(self._router_inputs(item)) if router == "fit" else None
+            is_composite = item.method == COMPOSITE
             plan = make_plan(
                 RouterStatistics.load(statistics),
                 num_experts=item.num_experts,
                 method=str(item.method),
-                router=str(item.router),
+                layer_methods=self._config.layer_methods if is_composite else None,
+                router=router,
                 affinity=self._config.affinity,
-                align=self._config.align,
-                # Gates are unknown until a re-initialised router is trained.
-                gate_compensation=self._config.gate_compensation and item.router != "reinit",
+                alignment=self._config.alignment,
+                # Gates are unknown until a re-initialised router is trained, and kept by "remap".
+                gate_compensation=self._config.gate_compensation
+                and router not in ("reinit", "remap"),
                 eval_capacity_factor=factor,
                 seed=item.seed,
+                weights=CheckpointWeights(self._pretrained(item.pretrained_num_experts)),
+                router_inputs=inputs,
             )
             plan.save(path)
         return path
@@ -372,11 +419,10 @@ class _Runner:
             prune_checkpoint(source, PruningPlan.load(plan), out, workers=self._alignment_workers)
         return out
 
-    def _metrics(self, item: WorkItem, checkpoint: Path, home: Path) -> Path:
-        path = home / "metrics.json"
+    def _metrics(self, item: WorkItem, checkpoint: Path, path: Path) -> Path:
         if not path.exists():
             # A kill between the two files of an evaluation leaves predictions without metrics.
-            path.with_name("metrics.predictions.jsonl").unlink(missing_ok=True)
+            path.with_name(f"{path.stem}.predictions.jsonl").unlink(missing_ok=True)
             evaluate_checkpoint(
                 checkpoint,
                 TokenCache.open(self._cache(item.task) / "validation"),

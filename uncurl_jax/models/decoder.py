@@ -51,16 +51,26 @@ class DecoderLayer(nn.Module):
         decode: bool,
     ) -> jax.Array:
         """Maps [b, l, d] to [b, l, d] in the compute dtype; see Decoder for the arguments."""
+        x, normed = self.attend(x, positions, decode=decode)
+        if self.config.num_experts[self.layer] == 0:
+            return self.feed_forward(x, normed)
+        moe = MoeLayer(self.config, self.layer, self.mesh, self.num_groups, name="moe")
+        y = moe(normed, mask, is_training=is_training, is_dropless=decode)
+        return x + y.astype(x.dtype)
+
+    def attend(
+        self, x: jax.Array, positions: jax.Array, *, decode: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the residual stream after attention, and its norm [b, l, d] float32."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         normed = layers.layer_norm(config, "pre_attention_norm")(x).astype(dtype)
         attention = layers.SelfAttention(config, name="attention")
         x = x + attention(normed, positions, decode=decode)
-        normed = layers.layer_norm(config, "pre_mlp_norm")(x)
-        if config.num_experts[self.layer] == 0:
-            return x + layers.Mlp(config, name="mlp")(normed.astype(dtype))
-        moe = MoeLayer(config, self.layer, self.mesh, self.num_groups, name="moe")
-        y = moe(normed, mask, is_training=is_training, is_dropless=decode)
-        return x + y.astype(dtype)
+        return x, layers.layer_norm(config, "pre_mlp_norm")(x)
+
+    def feed_forward(self, x: jax.Array, normed: jax.Array) -> jax.Array:
+        """Adds the dense feed-forward network of a layer without experts."""
+        return x + layers.Mlp(self.config, name="mlp")(normed.astype(x.dtype))
 
 
 class Decoder(nn.Module):

@@ -7,9 +7,9 @@ the number of experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -22,13 +22,21 @@ class Experts(NamedTuple):
     """The parameters of one layer's experts, in the compute dtype.
 
     Attributes:
-      wi: [e, d, f]; wi_bias: [e, f]; wo: [e, f, d]; wo_bias: [e, d].
+      wi: [e, d, f] input (in gated networks: up) projection.
+      wo: [e, f, d] output projection.
+      wg: [e, d, f] gate projection; None unless gated.
+      wi_bias: [e, f]; wo_bias: [e, d]; wg_bias: [e, f]; None without biases.
     """
 
     wi: jax.Array
-    wi_bias: jax.Array
     wo: jax.Array
-    wo_bias: jax.Array
+    wg: jax.Array | None = None
+    wi_bias: jax.Array | None = None
+    wo_bias: jax.Array | None = None
+    wg_bias: jax.Array | None = None
+
+
+Activation = Callable[[jax.Array], jax.Array]
 
 
 class MoeOutput(NamedTuple):
@@ -60,18 +68,29 @@ def combine(y: jax.Array, slot: jax.Array, gate: jax.Array) -> jax.Array:
     return jnp.einsum("tkd,tk->td", outputs, gate)
 
 
-def apply_experts(x: jax.Array, experts: Experts, *, model_axis: str | None = None) -> jax.Array:
+def apply_experts(
+    x: jax.Array, experts: Experts, activation: Activation, *, model_axis: str | None = None
+) -> jax.Array:
     """Runs expert i on x[i]: [e, c, d] -> [e, c, d], float32 accumulation.
 
     With `model_axis`, f is divided over that mesh axis and partial sums are added across it.
     """
     dtype = experts.wi.dtype
-    hidden = jnp.einsum("ecd,edf->ecf", x, experts.wi, preferred_element_type=jnp.float32)
-    hidden = nn.gelu(hidden.astype(dtype) + experts.wi_bias[:, None])
+
+    def to_hidden(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        hidden = jnp.einsum("ecd,edf->ecf", x, kernel, preferred_element_type=jnp.float32)
+        return hidden.astype(dtype) if bias is None else hidden.astype(dtype) + bias[:, None]
+
+    hidden = to_hidden(experts.wi, experts.wi_bias)
+    if experts.wg is None:
+        hidden = activation(hidden)
+    else:
+        hidden = activation(to_hidden(experts.wg, experts.wg_bias)) * hidden
     y = jnp.einsum("ecf,efd->ecd", hidden, experts.wo, preferred_element_type=jnp.float32)
     if model_axis is not None:
         y = jax.lax.psum(y, model_axis)
-    return y.astype(dtype) + experts.wo_bias[:, None]
+    y = y.astype(dtype)
+    return y if experts.wo_bias is None else y + experts.wo_bias[:, None]
 
 
 def block_size(num_assignments: int, num_experts: int) -> int:
@@ -91,6 +110,7 @@ def apply_dropless(
     gate: jax.Array,
     mask: jax.Array,
     experts: Experts,
+    activation: Activation,
     *,
     model_axis: str | None = None,
 ) -> MoeOutput:
@@ -111,9 +131,9 @@ def apply_dropless(
     slot = jnp.where(mask[:, None], first_row[expert_index] + ranks, num_blocks * rows)
     expert_of_block = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
     expert_of_block = jnp.minimum(expert_of_block, num_experts - 1)
-    block_weights = Experts(*(array[expert_of_block] for array in experts))
+    block_weights = jax.tree.map(lambda array: array[expert_of_block], experts)
     inputs = dispatch(x, slot, num_blocks * rows).reshape(num_blocks, rows, -1)
-    outputs = apply_experts(inputs, block_weights, model_axis=model_axis)
+    outputs = apply_experts(inputs, block_weights, activation, model_axis=model_axis)
     y = combine(outputs.reshape(num_blocks * rows, -1), slot, gate)
     is_kept = jnp.broadcast_to(mask[:, None], expert_index.shape)
     return MoeOutput(y, is_kept, jnp.float32(num_blocks * rows))
@@ -125,6 +145,7 @@ def apply_with_capacity(
     gate: jax.Array,
     mask: jax.Array,
     experts: Experts,
+    activation: Activation,
     *,
     capacity: int,
     num_experts: int,
@@ -139,6 +160,7 @@ def apply_with_capacity(
       gate: [g, t, k].
       mask: [g, t].
       experts: this device's experts.
+      activation: their non-linearity.
       capacity: c.
       num_experts: experts with slots, those of every device together, padding included.
       expert_axis: mesh axis over which experts are divided; tokens cross it by all-to-all.
@@ -163,7 +185,7 @@ def apply_with_capacity(
     if expert_axis is not None:
         # Each device keeps its own experts' slots of every device: [e / n, n * g * c, d].
         inputs = jax.lax.all_to_all(inputs, expert_axis, split_axis=0, concat_axis=1, tiled=True)
-    outputs = apply_experts(inputs, experts, model_axis=model_axis)
+    outputs = apply_experts(inputs, experts, activation, model_axis=model_axis)
     if expert_axis is not None:
         outputs = jax.lax.all_to_all(outputs, expert_axis, split_axis=1, concat_axis=0, tiled=True)
     outputs = outputs.reshape(num_experts, groups, capacity, dim).swapaxes(0, 1)
@@ -178,6 +200,7 @@ def apply_moe(
     gate: jax.Array,
     mask: jax.Array,
     experts: Experts,
+    activation: Activation,
     *,
     capacity: int | None,
     mesh: Mesh | None,
@@ -198,18 +221,30 @@ def apply_moe(
                 gate.reshape(groups * tokens, -1),
                 mask.reshape(-1),
                 experts,
+                activation,
             )
             return out._replace(
                 y=out.y.reshape(groups, tokens, dim), is_kept=out.is_kept.reshape(gate.shape)
             )
         num_experts = experts.wi.shape[0]
         return apply_with_capacity(
-            x, expert_index, gate, mask, experts, capacity=capacity, num_experts=num_experts
+            x,
+            expert_index,
+            gate,
+            mask,
+            experts,
+            activation,
+            capacity=capacity,
+            num_experts=num_experts,
         )
-    return _apply_moe_on_mesh(x, expert_index, gate, mask, experts, capacity=capacity, mesh=mesh)
+    return _apply_moe_on_mesh(
+        x, expert_index, gate, mask, experts, activation, capacity=capacity, mesh=mesh
+    )
 
 
-def _apply_moe_on_mesh(x, expert_index, gate, mask, experts, *, capacity, mesh) -> MoeOutput:
+def _apply_moe_on_mesh(
+    x, expert_index, gate, mask, experts, activation, *, capacity, mesh
+) -> MoeOutput:
     """The sharded path of `apply_moe`."""
     num_experts, _, mlp_dim = experts.wi.shape
     expert_partitions = axis_size(mesh, "expert")
@@ -218,27 +253,30 @@ def _apply_moe_on_mesh(x, expert_index, gate, mask, experts, *, capacity, mesh) 
         # Storage of such a layer is divided along another axis (partitioning.parameter_spec).
         # Gather it by name, or the partitioner does so with a warning per array.
         experts = jax.lax.with_sharding_constraint(experts, replicated(mesh))
-        experts = Experts(
-            *(jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1)) for array in experts)
+        experts = jax.tree.map(
+            lambda array: jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1)), experts
         )
     model = "model" if mesh.shape["model"] > 1 and mlp_dim % mesh.shape["model"] == 0 else None
     expert_axis = "expert" if expert_partitions > 1 else None
     spec = PartitionSpec
-    # _make, because these tuples hold specs in the places of arrays: wi, wi_bias, wo, wo_bias.
+    specs = {
+        "wi": spec("expert", None, model),
+        "wo": spec("expert", model, None),
+        "wg": spec("expert", None, model),
+        "wi_bias": spec("expert", model),
+        "wo_bias": spec("expert", None),
+        "wg_bias": spec("expert", model),
+    }
+    # _make, because this tuple holds specs in the places of arrays; None where there is none.
     expert_specs = Experts._make(
-        [
-            spec("expert", None, model),
-            spec("expert", model),
-            spec("expert", model, None),
-            spec("expert", None),
-        ]
+        None if array is None else specs[name] for name, array in experts._asdict().items()
     )
 
     def body(x, expert_index, gate, mask, experts) -> MoeOutput:
         if capacity is None and expert_axis is None:
             out = jax.vmap(
                 lambda x_g, index_g, gate_g, mask_g: apply_dropless(
-                    x_g, index_g, gate_g, mask_g, experts, model_axis=model
+                    x_g, index_g, gate_g, mask_g, experts, activation, model_axis=model
                 )
             )(x, expert_index, gate, mask)
             num_slots = out.num_slots.sum()
@@ -249,6 +287,7 @@ def _apply_moe_on_mesh(x, expert_index, gate, mask, experts, *, capacity, mesh) 
                 gate,
                 mask,
                 experts,
+                activation,
                 capacity=x.shape[1] if capacity is None else capacity,
                 num_experts=num_experts + padding,
                 expert_axis=expert_axis,

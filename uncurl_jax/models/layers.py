@@ -6,6 +6,7 @@ Axes: b batch, l length, d embed, h heads, k head_dim, f mlp.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -102,26 +103,47 @@ class SelfAttention(nn.Module):
         return cached_key.value, cached_value.value
 
 
+def activation(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """Returns the non-linearity of feed-forward networks and experts."""
+    return getattr(jax.nn, config.activation)
+
+
 class Mlp(nn.Module):
-    """Dense feed-forward network: wo(gelu(wi(x)))."""
+    """Dense feed-forward network: wo(act(wi(x))), or wo(act(wg(x)) * wi(x)) if gated.
+
+    Attributes:
+      config: the model.
+      mlp_dim: hidden width; the model's by default.
+    """
 
     config: ModelConfig
+    mlp_dim: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [b, l, d] to [b, l, d] in the compute dtype."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        hidden = nn.Dense(
-            config.mlp_dim,
-            dtype=dtype,
-            kernel_init=kernel_init(config, "embed", "mlp"),
-            bias_init=bias_init("mlp"),
-            name="wi",
-        )(x)
+
+        def to_hidden(name: str) -> jax.Array:
+            return nn.Dense(
+                self.mlp_dim or config.mlp_dim,
+                use_bias=config.has_mlp_bias,
+                dtype=dtype,
+                kernel_init=kernel_init(config, "embed", "mlp"),
+                bias_init=bias_init("mlp"),
+                name=name,
+            )(x)
+
+        hidden = to_hidden("wi")
+        if config.is_gated:
+            hidden = activation(config)(to_hidden("wg")) * hidden
+        else:
+            hidden = activation(config)(hidden)
         return nn.Dense(
             config.embed_dim,
+            use_bias=config.has_mlp_bias,
             dtype=dtype,
             kernel_init=kernel_init(config, "mlp", "embed", is_residual=True),
             bias_init=bias_init("embed"),
             name="wo",
-        )(nn.gelu(hidden))
+        )(hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.models import layers, routing
-from uncurl_jax.models.expert_parallel import Experts, MoeOutput, apply_moe
+from uncurl_jax.models.expert_parallel import Experts, MoeOutput, apply_experts, apply_moe
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size
 
 
@@ -19,8 +20,10 @@ class MoeLayer(nn.Module):
     """Router and experts of one layer.
 
     Sows into `intermediates` the five float32 scalars that T5X's MoE models report
-    (auxiliary_loss and router_z_loss already weighted), and into `router_observations` what
-    calibration reads, when that collection is mutable.
+    (auxiliary_loss and router_z_loss already weighted), and what calibration reads into three
+    collections, each when it is mutable: `router_observations`, `output_observations` (outputs of
+    the selected experts) and `all_output_observations` (sums of every expert's outputs; costs
+    experts / k times the layer's arithmetic).
 
     Attributes:
       config: the model.
@@ -50,8 +53,9 @@ class MoeLayer(nn.Module):
           [b, l, d] float32, to be added to the residual stream.
         """
         config, num_experts = self.config, self.config.num_experts[self.layer]
-        choice = self._route(x, num_experts, is_training=is_training)
-        experts = self._experts(num_experts)
+        choice = self._route(x, config.router_width(self.layer), is_training=is_training)
+        expert_index = self._expert_of(choice.expert_index)
+        experts = ExpertParameters(config, name="experts")(num_experts)
 
         batch, length, dim = x.shape
         groups = self.num_groups or (axis_size(self.mesh, TOKEN_AXES) if self.mesh else 1)
@@ -70,17 +74,82 @@ class MoeLayer(nn.Module):
         )
         out = apply_moe(
             grouped(x.astype(experts.wi.dtype), dim),
-            grouped(choice.expert_index, topk),
+            grouped(expert_index, topk),
             grouped(choice.gate, topk),
             grouped(mask, 1)[..., 0],
             experts,
+            layers.activation(config),
             capacity=capacity,
             mesh=self.mesh,
         )
         y = out.y.reshape(-1, dim)[: batch * length].reshape(batch, length, dim)
         is_kept = out.is_kept.reshape(-1, topk)[: batch * length].reshape(batch, length, topk)
-        self._sow(choice, out._replace(is_kept=is_kept), mask)
+        self._sow(x, choice, out._replace(is_kept=is_kept), mask)
+        if not self.is_initializing():
+            self._sow_outputs(x, expert_index, mask, experts, grouped)
+        if config.shared_mlp_dim:
+            y = y + jnp.where(mask[..., None], self._shared(x), 0.0)
         return y
+
+    def _shared(self, x: jax.Array) -> jax.Array:
+        """The shared expert: [b, l, d] float32 in and out."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        y = layers.Mlp(config, config.shared_mlp_dim, name="shared")(x.astype(dtype))
+        if not config.has_shared_gate:
+            return y.astype(jnp.float32)
+        gate = nn.Dense(
+            1,
+            use_bias=False,
+            dtype=jnp.float32,
+            kernel_init=layers.kernel_init(config, "embed", "unmodeled"),
+            name="shared_gate",
+        )(x)
+        return jax.nn.sigmoid(gate) * y
+
+    def _sow_outputs(
+        self,
+        x: jax.Array,
+        expert_index: jax.Array,
+        mask: jax.Array,
+        experts: Experts,
+        grouped: Callable[[jax.Array, int], jax.Array],
+    ) -> None:
+        """Observes the experts' outputs before gates and drops, if asked to."""
+        activation = layers.activation(self.config)
+        inputs = x.astype(experts.wi.dtype)
+        if self.is_mutable_collection("output_observations"):
+            outputs = []
+            for choice in range(expert_index.shape[-1]):
+                # One choice at a time, dropless and with gate 1: y is the expert's output.
+                index = grouped(expert_index[..., choice : choice + 1], 1)
+                out = apply_moe(
+                    grouped(inputs, x.shape[-1]),
+                    index,
+                    jnp.ones(index.shape, jnp.float32),
+                    grouped(mask, 1)[..., 0],
+                    experts,
+                    activation,
+                    capacity=None,
+                    mesh=self.mesh,
+                )
+                outputs.append(out.y.reshape(-1, x.shape[-1])[: mask.size])
+            stacked = jnp.stack(outputs, axis=1).reshape(*expert_index.shape, x.shape[-1])
+            self.sow("output_observations", "outputs", stacked)
+        if self.is_mutable_collection("all_output_observations"):
+            flat, weight = inputs.reshape(1, -1, x.shape[-1]), mask.reshape(-1).astype(jnp.float32)
+
+            def output_sum(expert: Experts) -> jax.Array:
+                y = apply_experts(flat, jax.tree.map(lambda array: array[None], expert), activation)
+                return jnp.einsum("td,t->d", y[0].astype(jnp.float32), weight)
+
+            sums = jax.lax.map(output_sum, experts)
+            self.sow("all_output_observations", "all_output_sum", sums)
+
+    def _expert_of(self, column: jax.Array) -> jax.Array:
+        """Maps columns of the router to experts, where the router is wider than they are many."""
+        expert_map = self.config.expert_map
+        row = expert_map[self.layer] if expert_map is not None else None
+        return column if row is None else jnp.asarray(row, jnp.int32)[column]
 
     def _route(self, x: jax.Array, num_experts: int, *, is_training: bool) -> routing.RouterChoice:
         config = self.config
@@ -105,12 +174,9 @@ class MoeLayer(nn.Module):
             logits, config.num_selected_experts, normalize_gates=config.normalize_gates
         )
 
-    def _experts(self, num_experts: int) -> Experts:
-        config = self.config
-        dim, mlp = config.embed_dim, config.mlp_dim
-        return ExpertParameters(config, name="experts")(num_experts, dim, mlp)
-
-    def _sow(self, choice: routing.RouterChoice, out: MoeOutput, mask: jax.Array) -> None:
+    def _sow(
+        self, x: jax.Array, choice: routing.RouterChoice, out: MoeOutput, mask: jax.Array
+    ) -> None:
         config = self.config
         topk = config.num_selected_experts
         weight = mask.astype(jnp.float32)
@@ -135,6 +201,7 @@ class MoeLayer(nn.Module):
         for name, value in metrics.items():
             self.sow("intermediates", name, value)
         observation = {
+            "inputs": x,
             "logits": choice.logits,
             "expert_index": choice.expert_index,
             "gate": choice.gate,
@@ -149,18 +216,26 @@ class ExpertParameters(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, num_experts: int, dim: int, mlp: int) -> Experts:
+    def __call__(self, num_experts: int) -> Experts:
         """Returns the parameters of `num_experts` experts."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
+        dim, mlp = config.embed_dim, config.mlp_dim
         kernel, bias = layers.kernel_init, layers.bias_init
 
         def parameter(name: str, init: Any, *shape: int) -> Any:
             return jnp.asarray(cast(Any, self.param(name, init, (num_experts, *shape))), dtype)
 
+        to_hidden = kernel(config, "expert", "embed", "expert_mlp")
         to_residual = kernel(config, "expert", "expert_mlp", "embed", is_residual=True)
-        return Experts(
-            wi=parameter("wi", kernel(config, "expert", "embed", "expert_mlp"), dim, mlp),
-            wi_bias=parameter("wi_bias", bias("expert", "expert_mlp"), mlp),
-            wo=parameter("wo", to_residual, mlp, dim),
-            wo_bias=parameter("wo_bias", bias("expert", "embed"), dim),
-        )
+        arrays = {
+            "wi": parameter("wi", to_hidden, dim, mlp),
+            "wo": parameter("wo", to_residual, mlp, dim),
+        }
+        if config.is_gated:
+            arrays["wg"] = parameter("wg", to_hidden, dim, mlp)
+        if config.has_mlp_bias:
+            arrays["wi_bias"] = parameter("wi_bias", bias("expert", "expert_mlp"), mlp)
+            arrays["wo_bias"] = parameter("wo_bias", bias("expert", "embed"), dim)
+            if config.is_gated:
+                arrays["wg_bias"] = parameter("wg_bias", bias("expert", "expert_mlp"), mlp)
+        return Experts(**arrays)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning import statistics as statistics_lib
@@ -55,24 +54,24 @@ def calibrate(
         )
     manifest = dict(manifest)
     statistics_lib.require_manifest(manifest)
-    layers, done = statistics_lib.zero_layers(manifest["num_experts"]), 0
+    layers: dict[int, LayerStatistics] = {}
+    done = 0
     if resume_from is not None and Path(resume_from).exists():
         layers, done = _resume(resume_from, manifest)
     remaining = _skip(iter(batches), done)
     for sums in _fetch_behind(observe, remaining):
         done += 1
-        host = {
-            layer: LayerStatistics(*(np.asarray(field, np.float64) for field in fields))
-            for layer, fields in sums.items()
-        }
+        host = {layer: statistics_lib.to_host(fields) for layer, fields in sums.items()}
         statistics_lib.check_layers(host, manifest["num_experts"], where=f" in batch {done - 1}")
-        layers = statistics_lib.add_layers(layers, host)
+        layers = statistics_lib.add_layers(layers, host) if layers else host
         tokens = int(next(iter(layers.values())).tokens) if layers else 0
         if save_every is not None and resume_from is not None and done % save_every == 0 and tokens:
             partial = {**manifest, "batches": done, "is_complete": False}
             RouterStatistics(layers, partial).save(resume_from)
         if progress is not None:
             progress(done, tokens)
+    if not layers:
+        layers = statistics_lib.zero_layers(manifest["num_experts"])
     if not layers:
         raise InputError(
             "Calibration needs a model with experts, got num_experts "
@@ -94,6 +93,13 @@ def _resume(
     # Through JSON, as in the file: a tuple becomes a list.
     wanted = RouterStatistics(partial.layers, dict(manifest)).manifest
     statistics_lib.require_same_source(partial.manifest, wanted)
+    for key in ("collected", "shards"):
+        found, asked = partial.manifest.get(key, []), list(manifest.get(key, []))
+        if found != asked:
+            raise InputError(
+                f"A calibration goes on as it began, got {key} {found} in {path} and {asked} now: "
+                "give the same options or remove the file."
+            )
     return partial.layers, partial.manifest["batches"]
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
+import scipy.optimize
 
 from uncurl_jax.errors import InputError
 
+LABEL_ASSIGNMENTS = ("kmeans", "cluster_qr")
 NUM_STARTS = 32  # k-means++ restarts; at least 20, since clusters are few and uneven.
 
 
@@ -44,7 +46,12 @@ def spectral_embedding(A: np.ndarray, num_clusters: int) -> np.ndarray:
 
 
 def spectral_clustering(
-    A: np.ndarray, num_clusters: int, *, seed: int, frequency: npt.ArrayLike
+    A: np.ndarray,
+    num_clusters: int,
+    *,
+    seed: int,
+    frequency: npt.ArrayLike,
+    assign_labels: str = "kmeans",
 ) -> np.ndarray:
     """Groups the experts into exactly D non-empty clusters.
 
@@ -57,6 +64,7 @@ def spectral_clustering(
       num_clusters: D.
       seed: seed of the k-means++ starts.
       frequency: [expert] >= 0, how often each expert is selected; orders the clusters.
+      assign_labels: "kmeans", or "cluster_qr", which needs no seed.
 
     Returns:
       [expert] int64 in [0, D), canonical: see `canonical_labels`.
@@ -74,8 +82,12 @@ def spectral_clustering(
     total = np.sort(A, axis=1).sum(axis=1)  # sorted: the same bits under any numbering
     order = np.lexsort((-total, -frequency))
     embedding = spectral_embedding(A[np.ix_(order, order)], num_clusters)
+    if assign_labels == "cluster_qr":
+        found = _cluster_qr(embedding)
+    else:
+        found = _kmeans(embedding, num_clusters, seed)
     labels = np.empty(num_experts, np.int64)
-    labels[order] = _fill_empty(embedding, _kmeans(embedding, num_clusters, seed), num_clusters)
+    labels[order] = _fill_empty(embedding, found, num_clusters)
     return canonical_labels(labels, frequency)
 
 
@@ -145,6 +157,58 @@ def silhouette(points: np.ndarray, labels: np.ndarray) -> float | None:
     return float(np.where(own_size > 1, value, 0.0).mean())
 
 
+def adjusted_rand_index(left: npt.ArrayLike, right: npt.ArrayLike) -> float:
+    """Returns how far two partitions agree: 1 if they are equal, about 0 by chance."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(left, right))
+
+
+def cap_cluster_sizes(points: np.ndarray, labels: np.ndarray, cap: int) -> np.ndarray:
+    """Moves members of clusters that are too large to the nearest centres with room.
+
+    Of the assignments with at most `cap` members each, in which every cluster keeps the member
+    nearest to its centre, the one with the smallest sum of squared distances to the centres; labels
+    that keep the cap stay as they are.
+
+    Args:
+      points: [expert, feature].
+      labels: [expert] int in [0, cluster), each used.
+      cap: most members; cap * clusters >= experts.
+
+    Returns:
+      [expert] int64 labels, every cluster with at least one member.
+    """
+    num_clusters = int(labels.max()) + 1
+    if np.bincount(labels).max() <= cap:
+        return labels
+    centres = np.stack([points[labels == cluster].mean(axis=0) for cluster in range(num_clusters)])
+    cost = np.square(points[:, None] - centres[None]).sum(axis=-1)
+    result = np.empty_like(labels)
+    # The member nearest to each centre stays there, so that no cluster is emptied.
+    kept = [
+        int(np.flatnonzero(labels == cluster)[cost[labels == cluster, cluster].argmin()])
+        for cluster in range(num_clusters)
+    ]
+    result[kept] = np.arange(num_clusters)
+    others = np.setdiff1d(np.arange(len(labels)), kept)
+    result[others] = assign_within_capacity(cost[others], cap - 1)
+    return result
+
+
+def assign_within_capacity(cost: np.ndarray, capacity: int) -> np.ndarray:
+    """Returns the cheapest assignment [item] of items to clusters of at most `capacity` items.
+
+    Args:
+      cost: [item, cluster].
+      capacity: of each cluster; capacity * clusters >= items.
+    """
+    if not len(cost):
+        return np.zeros(0, np.int64)
+    _, places = scipy.optimize.linear_sum_assignment(np.repeat(cost, capacity, axis=1))
+    return places.astype(np.int64) // capacity
+
+
 def _normalized_laplacian(A: np.ndarray) -> np.ndarray:
     weight = np.array(A, np.float64)
     np.fill_diagonal(weight, 0.0)
@@ -169,6 +233,19 @@ def _kmeans(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
         starts: Any = NUM_STARTS  # scikit-learn leaves n_init untyped
         model = KMeans(num_clusters, n_init=starts, random_state=seed, algorithm="lloyd")
         return model.fit_predict(points).astype(np.int64)
+
+
+def _cluster_qr(points: np.ndarray) -> np.ndarray:
+    """Labels rows by pivoted QR (Damle, Minden, Ying 2019): no iteration, no random start.
+
+    The pivots are rows as near to orthogonal as there are; the polar factor of these rows turns
+    the embedding so that each row's largest coordinate names its cluster.
+    """
+    num_clusters = points.shape[1]
+    decomposition: Any = scipy.linalg.qr(points.T, pivoting=True, mode="economic")
+    pivots = decomposition[-1]
+    left, _, right = scipy.linalg.svd(points[pivots[:num_clusters]].T)
+    return np.abs(points @ (left @ right)).argmax(axis=1).astype(np.int64)
 
 
 def _fill_empty(points: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:

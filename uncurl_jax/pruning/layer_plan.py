@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 from typing import Any, NoReturn
 
@@ -16,6 +18,7 @@ class LayerPlan:
 
     Attributes:
       layer: index of the layer in the model.
+      method: how its experts were grouped.
       num_experts: Z, experts before.
       labels: [Z] cluster of each expert, -1 if dropped; clusters are the experts after.
       reference: [D] expert that the cluster's others are aligned to.
@@ -23,12 +26,16 @@ class LayerPlan:
       selected: [Z] how often the task's tokens selected each expert, before capacity drops.
       cluster_sizes: [D] members of each cluster.
       gate_factors: [D] float32 factors of wo and wo_bias, or None without gate compensation.
+      fitted_router: base64 of the [embed, D] little-endian float32 kernel that router "fit" found,
+        None for other treatments.
       expected_drop_fraction: assignments expected to overflow at the plan's capacity factor.
-      diagnostics: numbers from the method (for uncurl: eigengap, silhouette).
+      diagnostics: numbers about the grouping and the merge; see `diagnostics`.
+      verdict: one sentence that sums them up.
       warnings: sentences for people.
     """
 
     layer: int
+    method: str
     num_experts: int
     labels: tuple[int, ...]
     reference: tuple[int, ...]
@@ -36,8 +43,10 @@ class LayerPlan:
     selected: tuple[float, ...]
     cluster_sizes: tuple[int, ...]
     gate_factors: tuple[float, ...] | None
+    fitted_router: str | None
     expected_drop_fraction: float
     diagnostics: dict[str, Any]
+    verdict: str
     warnings: tuple[str, ...]
 
     def __post_init__(self):
@@ -55,11 +64,26 @@ class LayerPlan:
         object.__setattr__(self, "warnings", tuple(self.warnings))
         self._check_clusters()
         self._check_numbers()
+        if self.fitted_router is not None:
+            self.fitted_kernel()
 
     @property
     def num_clusters(self) -> int:
         """D, experts after."""
         return len(self.reference)
+
+    def fitted_kernel(self) -> np.ndarray:
+        """Returns the [embed, D] float32 kernel of router "fit"; InputError if there is none."""
+        try:
+            data = base64.b64decode(self.fitted_router or "", validate=True)
+        except (TypeError, ValueError, binascii.Error):
+            data = b""
+        if not data or len(data) % (4 * self.num_clusters):
+            self._fail("fitted_router must be base64 of float32 [embed, D]", f"{len(data)} bytes")
+        kernel = np.frombuffer(data, "<f4").reshape(-1, self.num_clusters).astype(np.float32)
+        if not np.isfinite(kernel).all():
+            self._fail("fitted_router must be finite", "NaN or infinity")
+        return kernel
 
     def _fail(self, rule: str, got: Any) -> NoReturn:
         raise InputError(f"In a plan's layer {self.layer}, {rule}, got {got}: make the plan again.")
@@ -131,6 +155,11 @@ class PlanSource:
 
     def __post_init__(self):
         object.__setattr__(self, "num_experts", tuple(int(count) for count in self.num_experts))
+
+
+def encode_kernel(kernel: np.ndarray) -> str:
+    """Returns the base64 text that `LayerPlan.fitted_router` holds."""
+    return base64.b64encode(np.ascontiguousarray(kernel, "<f4").tobytes()).decode()
 
 
 def check_num_experts(num_clusters: int, layer: int, source: PlanSource) -> None:

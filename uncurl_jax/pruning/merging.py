@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from uncurl_jax.errors import InputError
-from uncurl_jax.pruning.alignment import Experts, check_expert, permute_array, select_expert
+from uncurl_jax.pruning.alignment import Expert, Experts, check_expert, permute_array, select_expert
 
 
 def normalized_weights(labels: npt.ArrayLike, mass: npt.ArrayLike) -> np.ndarray:
@@ -102,21 +102,61 @@ def _merge(
     """Merges one array; beside the result it holds three experts' entries at a time."""
     result = np.empty((len(clusters), *array.shape[1:]), array.dtype)
     for cluster, members in enumerate(clusters):
-        if len(members) == 1:
-            result[cluster] = array[members[0]]
-            continue
-        first, change = np.float32(0), np.float32(0)
+        mean = RunningMean(is_single=len(members) == 1)
         for z in members:
-            part = array[z]
-            if permutations is not None:
-                part = permute_array(name, part, permutations[z])
-            part = part.astype(np.float32)
-            if z == members[0]:
-                first = part
-            else:
-                change = change + weights[z] * (part - first)
-        result[cluster] = (first + change).astype(array.dtype)
+            permutation = None if permutations is None else permutations[z]
+            mean.add({name: array[z]}, float(weights[z]), permutation)
+        result[cluster] = mean.result()[name]
     return result
+
+
+class RunningMean:
+    """The merge of one cluster, its members given one at a time; what `merge_experts` computes.
+
+    x_first + sum_z w_z (x_z - x_first) in float32, in the order of the calls. Holds two float32
+    copies of an expert and a third while one is added.
+    """
+
+    def __init__(self, *, is_single: bool = False):
+        """Starts a cluster; that of a single member is copied bit for bit and never permuted."""
+        self._is_single = is_single
+        self._first: dict[str, np.ndarray] = {}
+        self._change: dict[str, np.ndarray] = {}
+        self._dtypes: dict[str, np.dtype] = {}
+
+    def add(self, expert: Expert, weight: float, permutation: np.ndarray | None = None) -> None:
+        """Adds a member.
+
+        Args:
+          expert: its arrays; the same names and shapes in every call.
+          weight: its share of the cluster, float32; the first one's is 1 minus all others'.
+          permutation: [mlp] order of its hidden units; None leaves them as they are.
+        """
+        is_first = not self._first
+        for name, array in expert.items():
+            if self._is_single:
+                self._first[name] = array
+                continue
+            if permutation is not None:
+                array = permute_array(name, array, permutation)
+            part = array.astype(np.float32)
+            if is_first:
+                self._dtypes[name] = array.dtype
+                self._first[name] = part
+                self._change[name] = np.zeros_like(part)
+            else:
+                part -= self._first[name]
+                part *= np.float32(weight)
+                self._change[name] += part
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Returns the weighted mean in the dtypes of the members."""
+        if self._is_single:
+            return self._first
+        return {
+            name: (first + self._change[name]).astype(self._dtypes[name])
+            for name, first in self._first.items()
+        }
 
 
 def _members(labels: np.ndarray, num_experts: int) -> list[np.ndarray]:

@@ -1,253 +1,167 @@
-"""The pruning plan: every decision about a prune, in a file to inspect, diff and replay.
-
-A plan follows from router statistics in seconds on a CPU, and holds all that the offline transform
-needs beside the checkpoint: neither clustering nor gate compensation needs the statistics again.
-"""
+"""Makes pruning plans: statistics (and, for some choices, weights and inputs) -> PruningPlan."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.pruning import methods
+from uncurl_jax.pruning import budgets, methods, router_fit
 from uncurl_jax.pruning import router as router_lib
-from uncurl_jax.pruning.affinity import AFFINITIES
+from uncurl_jax.pruning.alignment import ALIGNMENTS, Experts
 from uncurl_jax.pruning.choices import require_choice
-from uncurl_jax.pruning.layer_plan import LayerPlan, PlanSource, build_strict, check_num_experts
+from uncurl_jax.pruning.diagnostics import judge
+from uncurl_jax.pruning.grouping import Grouping, GroupingOptions, GroupRequest, LayerParameters
+from uncurl_jax.pruning.layer_plan import LayerPlan, PlanSource, check_num_experts, encode_kernel
+from uncurl_jax.pruning.plan_file import FILE_NAME, FORMAT, FORMAT_VERSION, PruningPlan
 from uncurl_jax.pruning.router import TREATMENTS
+from uncurl_jax.pruning.router_inputs import RouterInputs
 from uncurl_jax.pruning.statistics import LayerStatistics, RouterStatistics
 
-__all__ = ["FILE_NAME", "LayerPlan", "PlanSource", "PruningPlan", "expected_drop", "make_plan"]
+__all__ = [
+    "FILE_NAME",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "LayerPlan",
+    "LayerWeights",
+    "PlanSource",
+    "PruningPlan",
+    "expected_drop",
+    "make_plan",
+]
 
-FORMAT = "uncurl_jax pruning plan"
-FORMAT_VERSION = 1
-FILE_NAME = "pruning_plan.json"
 DROP_WARNING_FRACTION = 0.05
 
 
-@dataclasses.dataclass(frozen=True)
-class PruningPlan:
-    """A prune of one checkpoint.
+class LayerWeights(Protocol):
+    """Reads the weights of the checkpoint that is planned for, a layer at a time."""
 
-    Attributes:
-      method: name of the method that grouped the experts.
-      router: treatment of the router; see `router.new_router_kernel`.
-      affinity: kind of affinity between experts, for the methods that use one.
-      seed: seed of clustering, of random choices and of a router's new values.
-      align: whether members are aligned to their reference before they are merged.
-      gate_compensation: whether outputs are scaled by the layers' gate_factors.
-      eval_capacity_factor: capacity factor that drops are predicted for; None is dropless.
-      source: what the plan was made from.
-      layers: one LayerPlan per MoE layer, in order.
-    """
+    def router(self, layer: int) -> np.ndarray:
+        """Returns the [embed, expert] kernel of a layer's router."""
+        ...
 
-    method: str
-    router: str
-    affinity: str
-    seed: int
-    align: bool
-    gate_compensation: bool
-    eval_capacity_factor: float | None
-    source: PlanSource
-    layers: tuple[LayerPlan, ...]
+    def base_router(self, layer: int) -> np.ndarray | None:
+        """Returns the same of an earlier checkpoint, None if there is none."""
+        ...
 
-    def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        require_choice("router", self.router, TREATMENTS)
-        require_choice("affinity", self.affinity, AFFINITIES)
-        if self.gate_compensation and self.router == "reinit":
-            raise InputError(
-                "gate_compensation must be off with router 'reinit', whose gates are unknown until "
-                "it is trained: use 'reference' or 'mean', or turn it off."
-            )
-        expected = {layer: count for layer, count in enumerate(self.source.num_experts) if count}
-        planned = {layer.layer: layer.num_experts for layer in self.layers}
-        if list(planned.items()) != list(expected.items()) or len(planned) != len(self.layers):
-            raise InputError(
-                f"A plan must cover each MoE layer once, in order, with experts {expected}, got "
-                f"{planned}: make the plan again."
-            )
-        for layer in self.layers:
-            check_num_experts(layer.num_clusters, layer.layer, self.source)
-            if (layer.gate_factors is not None) != self.gate_compensation:
-                raise InputError(
-                    f"gate_factors must be there with gate_compensation only, got "
-                    f"{layer.gate_factors} in layer {layer.layer} with gate_compensation "
-                    f"{self.gate_compensation}: make the plan again."
-                )
-
-    @property
-    def num_experts(self) -> tuple[int, ...]:
-        """Experts of every layer after the prune, 0 for a dense one (`ModelConfig.num_experts`)."""
-        after = {layer.layer: layer.num_clusters for layer in self.layers}
-        return tuple(after.get(layer, 0) for layer in range(len(self.source.num_experts)))
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """The warnings of all layers."""
-        return tuple(warning for layer in self.layers for warning in layer.warnings)
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the content."""
-        return artifacts.sha256_of_json(self._content())
-
-    def layer(self, index: int) -> LayerPlan:
-        """Returns the plan of the layer with that index in the model.
-
-        Raises:
-          InputError: If the plan has none.
-        """
-        for layer in self.layers:
-            if layer.layer == index:
-                return layer
-        raise InputError(
-            f"The plan must cover layer {index}, got layers {[p.layer for p in self.layers]}: "
-            "it is of another model."
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-compatible dict with the hash; `from_dict` reads it back."""
-        return {**self._content(), "hash": self.hash}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PruningPlan:
-        """Builds and validates a plan.
-
-        Raises:
-          InputError: If a field is unknown, missing or breaks a rule, the format version is
-            another, or the hash does not match the content.
-        """
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise InputError(
-                f"A plan must be an object with format {FORMAT!r}: make the plan again."
-            )
-        if values.get("format_version") != FORMAT_VERSION:
-            raise InputError(
-                f"A plan must be of format version {FORMAT_VERSION}, got "
-                f"{values.get('format_version')}: make the plan again with this version."
-            )
-        fields = {k: v for k, v in values.items() if k not in ("format", "format_version", "hash")}
-        if isinstance(fields.get("layers"), list):
-            fields["layers"] = tuple(build_strict(LayerPlan, layer) for layer in fields["layers"])
-        if isinstance(fields.get("source"), dict):
-            fields["source"] = build_strict(PlanSource, fields["source"])
-        plan = build_strict(cls, fields)
-        if plan.hash != values.get("hash"):
-            raise InputError(
-                f"A plan's hash must match its content, got {values.get('hash')} for content "
-                f"{plan.hash}: make the plan again instead of editing it."
-            )
-        return plan
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, atomically."""
-        artifacts.write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
-        """Reads and validates what `save` wrote.
-
-        Raises:
-          InputError: If the file is missing or is not a valid plan; the message names the file.
-        """
-        values = artifacts.read_json(path)
-        try:
-            return cls.from_dict(values)
-        except InputError as error:
-            raise InputError(f"{Path(path)}: {error}") from None
-
-    def _content(self) -> dict[str, Any]:
-        # Through JSON: lists where the dataclasses hold tuples.
-        fields = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
+    def experts(self, layer: int) -> Experts:
+        """Returns a layer's arrays with a leading [expert] axis; see `alignment`."""
+        ...
 
 
 def make_plan(
     statistics: RouterStatistics,
     *,
-    num_experts: int | Sequence[int],
+    num_experts: int | Sequence[int] | None = None,
+    total_experts: int | None = None,
+    multiple_of: int = 1,
     method: str = "uncurl",
+    layer_methods: Sequence[str] | None = None,
     router: str = "reference",
     affinity: str = "cosine",
-    align: bool = True,
+    assign_labels: str = "kmeans",
+    merge_weights: str = "frequency",
+    max_cluster_size: int | None = None,
+    num_protected: int | None = None,
+    alignment: str | None = None,
     gate_compensation: bool = False,
     eval_capacity_factor: float | None = 1.0,
     seed: int = 0,
-    parameters: Callable[[int], methods.LayerParameters] | None = None,
+    weights: LayerWeights | None = None,
+    router_inputs: RouterInputs | None = None,
 ) -> PruningPlan:
     """Decides a prune from router statistics; the same arguments give the same bytes.
 
     Args:
       statistics: complete statistics of the task on the checkpoint.
       num_experts: D, experts per MoE layer afterwards: one number for all, or one per MoE layer.
-      method: how experts are grouped; see `methods.method_names`.
-      router: "reinit", "reference" or "mean"; see `router.new_router_kernel`.
-      affinity: "cosine", "pearson" or "centered"; see `affinity.affinity`.
-      align: align members to their reference before merging.
+        For methods with counts of their own (mc_smoe) one number is the mean of the layers.
+      total_experts: experts of all MoE layers together, in place of num_experts; divided among the
+        layers by `budgets.allocate`.
+      multiple_of: every count must be, or is made, a multiple of this.
+      method: how experts are grouped; see `methods.method_names`. "composite" needs layer_methods.
+      layer_methods: methods of the MoE layers in order; the last one stands for all that follow.
+      router: "reinit", "reference", "mean", "fit" or "remap"; see `router.new_router_kernel` and
+        `router_fit.fit_router`.
+      affinity: between experts; this and the next four are explained at `GroupingOptions`.
+      assign_labels: from spectral embedding to clusters.
+      merge_weights: of the members of a cluster.
+      max_cluster_size: most members.
+      num_protected: of uncurl_protected.
+      alignment: see `alignment.ALIGNMENTS`; by default "features", or "none" for methods that are
+        defined without alignment.
       gate_compensation: scale merged outputs by gate factors; see `router.gate_compensation`.
       eval_capacity_factor: predict overflow at this factor; None for dropless evaluation.
       seed: seed >= 0; every layer draws its own from it.
-      parameters: layer index -> its weights, for the methods that need them.
+      weights: the checkpoint's weights, for the methods that look at them and for router "fit".
+      router_inputs: a sample of the layers' inputs, for router "fit".
 
     Returns:
       The plan, validated.
 
     Raises:
-      InputError: If an option is unknown or options do not fit together, D is out of range or
-        below top-k, counts do not match the MoE layers, or the statistics are incomplete.
+      InputError: If an option is unknown or options do not fit together, a count is out of range or
+        below top-k, no division meets a total, counts do not match the MoE layers, the statistics
+        are incomplete, or what a method needs was not collected or given.
     """
     require_choice("router", router, TREATMENTS)
-    require_choice("affinity", affinity, AFFINITIES)
-    chosen = methods.get_method(method)
-    _check_options(statistics, seed, eval_capacity_factor)
-    manifest = statistics.manifest
-    source = PlanSource(
-        checkpoint_hash=manifest["checkpoint_hash"],
-        statistics_hash=statistics.hash,
-        task=manifest["task"],
-        split=manifest["split"],
-        tokens=statistics.tokens,
-        num_experts=tuple(manifest["num_experts"]),
-        num_selected_experts=manifest["num_selected_experts"],
+    options = GroupingOptions(
+        affinity, assign_labels, merge_weights, max_cluster_size, num_protected
     )
-    layers = []
+    layers = sorted(statistics.layers)
+    chosen = _layer_methods(method, layer_methods, layers)
+    if alignment is None:
+        alignment = "features" if any(m.is_aligned for m in chosen.values()) else "none"
+    require_choice("alignment", alignment, ALIGNMENTS)
+    _check_options(statistics, seed, eval_capacity_factor)
+    source = _source(statistics)
+    if router == "fit":
+        if weights is None or router_inputs is None:
+            raise InputError(
+                "Router 'fit' needs the checkpoint and a sample of its layers' inputs, got none: "
+                "calibrate with --inputs_out and give --checkpoint and --router_inputs."
+            )
+        router_inputs.check_source(source.checkpoint_hash, layers)
     # All counts are checked before the first layer is grouped.
-    for layer, count in _counts(statistics, num_experts, chosen, source).items():
-        layer_statistics = statistics.layers[layer]
-        grouping = methods.group_experts(
-            method,
-            layer_statistics,
+    counts = _counts(statistics, num_experts, total_experts, multiple_of, chosen, source)
+    for layer, layer_method in chosen.items():
+        methods.check_collected(layer_method, GroupRequest(statistics.layers[layer], 1))
+    planned = []
+    for layer, count in counts.items():
+        request = GroupRequest(
+            statistics.layers[layer],
             count,
             seed=_layer_seed(seed, layer),
-            affinity=affinity,
-            parameters=parameters(layer) if parameters and chosen.needs_parameters else None,
+            options=options,
+            parameters=_parameters(chosen[layer], layer, weights),
         )
-        factors = None
-        if gate_compensation:
-            factors = router_lib.gate_compensation(
-                layer_statistics, grouping.labels, grouping.reference, router
+        grouping = methods.group_experts(chosen[layer].name, request)
+        planned.append(
+            _plan_layer(
+                layer,
+                chosen[layer].name,
+                request.statistics,
+                grouping,
+                router=router,
+                gate_compensation=gate_compensation,
+                capacity_factor=eval_capacity_factor,
+                weights=weights,
+                router_inputs=router_inputs,
             )
-        layers.append(_layer_plan(layer, layer_statistics, grouping, factors, eval_capacity_factor))
+        )
     return PruningPlan(
         method=method,
         router=router,
-        affinity=affinity,
+        grouping=options,
         seed=int(seed),
-        align=bool(align),
+        alignment=alignment,
         gate_compensation=bool(gate_compensation),
         eval_capacity_factor=eval_capacity_factor,
         source=source,
-        layers=tuple(layers),
+        layers=tuple(planned),
     )
 
 
@@ -277,6 +191,41 @@ def expected_drop(
     return float(np.maximum(overflow, 0.0).sum())
 
 
+def _source(statistics: RouterStatistics) -> PlanSource:
+    manifest = statistics.manifest
+    return PlanSource(
+        checkpoint_hash=manifest["checkpoint_hash"],
+        statistics_hash=statistics.hash,
+        task=manifest["task"],
+        split=manifest["split"],
+        tokens=statistics.tokens,
+        num_experts=tuple(manifest["num_experts"]),
+        num_selected_experts=manifest["num_selected_experts"],
+    )
+
+
+def _layer_methods(
+    method: str, layer_methods: Sequence[str] | None, layers: Sequence[int]
+) -> dict[int, methods.Method]:
+    """Returns the method of each MoE layer."""
+    if method != methods.COMPOSITE:
+        if layer_methods is not None:
+            raise InputError(
+                f"layer_methods must come with method 'composite', got method {method!r}: leave "
+                "one of them out."
+            )
+        chosen = methods.get_method(method)
+        return dict.fromkeys(layers, chosen)
+    names = list(layer_methods or ())
+    if not 0 < len(names) <= len(layers):
+        raise InputError(
+            f"Method 'composite' needs layer_methods, one to {len(layers)} names for MoE layers "
+            f"{list(layers)}, got {names}: the last name stands for all layers that follow."
+        )
+    names += names[-1:] * (len(layers) - len(names))
+    return {layer: methods.get_method(name) for layer, name in zip(layers, names, strict=True)}
+
+
 def _check_options(
     statistics: RouterStatistics, seed: int, eval_capacity_factor: float | None
 ) -> None:
@@ -296,26 +245,59 @@ def _check_options(
 
 def _counts(
     statistics: RouterStatistics,
-    num_experts: int | Sequence[int],
-    method: methods.Method,
+    num_experts: int | Sequence[int] | None,
+    total_experts: int | None,
+    multiple_of: int,
+    chosen: dict[int, methods.Method],
     source: PlanSource,
 ) -> dict[int, int]:
     """Returns {MoE layer: D}, checked."""
     layers = sorted(statistics.layers)
-    if isinstance(num_experts, int | np.integer):
-        counts = dict.fromkeys(layers, int(num_experts))
-        if method.allocate is not None:
-            counts = method.allocate(statistics.layers, int(num_experts))
-    elif len(num_experts) == len(layers):
-        counts = dict(zip(layers, map(int, num_experts), strict=True))
+    if (num_experts is None) == (total_experts is None):
+        raise InputError(
+            f"A plan needs num_experts or total_experts, got {num_experts} and {total_experts}: "
+            "give one of them."
+        )
+    if multiple_of < 1:
+        raise InputError(f"multiple_of must be at least 1, got {multiple_of}.")
+    is_number = isinstance(num_experts, int | np.integer)
+    if is_number and all(m.has_own_counts for m in chosen.values()):
+        total_experts = int(num_experts) * len(layers)
+    if total_experts is not None:
+        return budgets.allocate(
+            statistics.layers,
+            total_experts,
+            minimum=source.num_selected_experts,
+            multiple_of=multiple_of,
+        )
+    given: Any = num_experts
+    if is_number:
+        counts = dict.fromkeys(layers, int(given))
+    elif len(given) == len(layers):
+        counts = dict(zip(layers, map(int, given), strict=True))
     else:
         raise InputError(
-            f"num_experts must be one number or one per MoE layer, got {len(num_experts)} numbers "
+            f"num_experts must be one number or one per MoE layer, got {len(given)} numbers "
             f"for MoE layers {layers}: give {len(layers)} or one."
         )
     for layer in layers:
         check_num_experts(counts[layer], layer, source)
-    return {layer: counts[layer] for layer in layers}
+        if counts[layer] % multiple_of:
+            raise InputError(
+                f"num_experts must be a multiple of multiple_of={multiple_of}, got "
+                f"{counts[layer]} in layer {layer}: change one of them."
+            )
+    return counts
+
+
+def _parameters(
+    method: methods.Method, layer: int, weights: LayerWeights | None
+) -> LayerParameters | None:
+    """Reads what a method needs of a layer's weights."""
+    if weights is None or not (method.needs_router or method.needs_experts):
+        return None
+    experts = weights.experts(layer) if method.needs_experts else {}
+    return LayerParameters(weights.router(layer), experts, weights.base_router(layer))
 
 
 def _layer_seed(seed: int, layer: int) -> int:
@@ -323,19 +305,96 @@ def _layer_seed(seed: int, layer: int) -> int:
     return int(np.random.SeedSequence([seed, layer]).generate_state(1)[0])
 
 
-def _layer_plan(
+def _plan_layer(
     layer: int,
+    method: str,
     statistics: LayerStatistics,
-    grouping: methods.Grouping,
-    factors: np.ndarray | None,
+    grouping: Grouping,
+    *,
+    router: str,
+    gate_compensation: bool,
     capacity_factor: float | None,
+    weights: LayerWeights | None,
+    router_inputs: RouterInputs | None,
 ) -> LayerPlan:
-    labels = grouping.labels
+    """Writes one layer's decision down: fitted router, gate factors, predictions, verdict."""
+    labels = np.asarray(grouping.labels)
     selected = np.asarray(statistics.selected, np.float64)
     num_clusters = len(grouping.reference)
+    diagnostics = dict(grouping.diagnostics)
+    fitted = None
+    if router == "fit" and weights is not None and router_inputs is not None:
+        fitted = _fit(layer, statistics, grouping, weights, router_inputs, diagnostics)
+    factors = None
+    if gate_compensation and fitted is not None and weights is not None and router_inputs:
+        router_lib.require_softmax_gates(statistics)
+        factors = router_fit.sampled_gate_compensation(
+            router_inputs.layers[layer], weights.router(layer), labels, fitted
+        )
+    elif gate_compensation:
+        factors = router_lib.gate_compensation(statistics, labels, grouping.reference, router)
+    load = np.bincount(labels[labels >= 0], selected[labels >= 0], minlength=num_clusters)
+    diagnostics["predicted_load"] = (load / max(load.sum(), 1.0)).tolist()
+    diagnostics["dead_experts"] = np.flatnonzero(selected == 0).tolist()
     drop = expected_drop(labels, selected, capacity_factor)
+    return LayerPlan(
+        layer=layer,
+        method=method,
+        num_experts=len(labels),
+        labels=tuple(labels.tolist()),
+        reference=tuple(np.asarray(grouping.reference).tolist()),
+        weights=tuple(np.asarray(grouping.weights).tolist()),
+        selected=tuple(selected.tolist()),
+        cluster_sizes=tuple(np.bincount(labels[labels >= 0], minlength=num_clusters).tolist()),
+        gate_factors=None if factors is None else tuple(factors.tolist()),
+        fitted_router=None if fitted is None else encode_kernel(fitted),
+        expected_drop_fraction=drop,
+        diagnostics=diagnostics,
+        verdict=judge(diagnostics, drop),
+        warnings=tuple(_warnings(layer, labels, selected, drop, capacity_factor)),
+    )
+
+
+def _fit(
+    layer: int,
+    statistics: LayerStatistics,
+    grouping: Grouping,
+    weights: LayerWeights,
+    router_inputs: RouterInputs,
+    diagnostics: dict[str, Any],
+) -> np.ndarray:
+    """Fits the layer's router and adds how well it went to the diagnostics."""
+    kernel = np.asarray(weights.router(layer)).astype(np.float32)
+    start = router_lib.new_router_kernel(
+        kernel,
+        grouping.labels,
+        grouping.reference,
+        statistics.selected,
+        "mean",
+        seed=0,
+        layer=layer,
+        init_stddev=1.0,
+    )
+    found = router_fit.fit_router(router_inputs.layers[layer], kernel, grouping.labels, start)
+    diagnostics |= {
+        "router_kl_before": found.kl_before,
+        "router_kl_after": found.kl_after,
+        "router_fit_gradient": found.gradient,
+        "router_fit_iterations": found.iterations,
+        "router_fit_converged": found.has_converged,
+    }
+    return found.kernel
+
+
+def _warnings(
+    layer: int,
+    labels: np.ndarray,
+    selected: np.ndarray,
+    drop: float,
+    capacity_factor: float | None,
+) -> list[str]:
     warnings = []
-    for cluster in range(num_clusters):
+    for cluster in range(int(labels.max()) + 1):
         members = np.flatnonzero(labels == cluster)
         if not selected[members].any():
             warnings.append(
@@ -350,16 +409,4 @@ def _layer_plan(
             f"Layer {layer}: about {100 * drop:.1f} % of the assignments would overflow at "
             f"capacity factor {capacity_factor}; evaluate dropless or with a larger factor."
         )
-    return LayerPlan(
-        layer=layer,
-        num_experts=len(labels),
-        labels=tuple(labels.tolist()),
-        reference=tuple(grouping.reference.tolist()),
-        weights=tuple(grouping.weights.tolist()),
-        selected=tuple(selected.tolist()),
-        cluster_sizes=tuple(np.bincount(labels[labels >= 0], minlength=num_clusters).tolist()),
-        gate_factors=None if factors is None else tuple(factors.tolist()),
-        expected_drop_fraction=drop,
-        diagnostics=grouping.diagnostics,
-        warnings=tuple(warnings),
-    )
+    return warnings

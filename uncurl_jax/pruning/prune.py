@@ -10,7 +10,7 @@ import numpy as np
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning.alignment import Alignment, Experts, align_clusters
 from uncurl_jax.pruning.merging import merge_experts
-from uncurl_jax.pruning.plan import PruningPlan
+from uncurl_jax.pruning.plan_file import PruningPlan
 from uncurl_jax.pruning.router import new_router_kernel, scale_outputs
 
 
@@ -64,8 +64,15 @@ def prune_layer(
             )
     labels, reference = decided.labels, decided.reference
     alignment = None
-    if plan.align:
-        alignment = align_clusters(experts, labels, reference, workers=workers, progress=progress)
+    if plan.alignment != "none":
+        alignment = align_clusters(
+            experts,
+            labels,
+            reference,
+            alignment=plan.alignment,
+            workers=workers,
+            progress=progress,
+        )
     merged = merge_experts(
         experts,
         labels,
@@ -74,14 +81,43 @@ def prune_layer(
     )
     if decided.gate_factors is not None:
         merged = scale_outputs(merged, decided.gate_factors)
-    kernel = new_router_kernel(
+    kernel = prune_router(plan, layer, router, init_stddev=init_stddev)
+    return PrunedLayer(kernel, merged, alignment)
+
+
+def prune_router(
+    plan: PruningPlan, layer: int, router: np.ndarray, *, init_stddev: float
+) -> np.ndarray:
+    """Returns a layer's router kernel after the prune, as the plan's treatment says.
+
+    Args:
+      plan: the plan.
+      layer: index of the layer in the model.
+      router: [embed, expert] kernel.
+      init_stddev: standard deviation of new values (`ModelConfig.init_stddev`).
+
+    Returns:
+      [embed, cluster] in the dtype of `router`; with router "remap" the kernel as it is.
+
+    Raises:
+      InputError: If the plan has no such layer or the kernel does not fit it.
+    """
+    decided = plan.layer(layer)
+    if plan.router == "fit":
+        kernel = decided.fitted_kernel()
+        if kernel.shape[0] != router.shape[0]:
+            raise InputError(
+                f"A fitted router must have the model's width, got {kernel.shape[0]} in the plan "
+                f"and {router.shape[0]} in layer {layer}: the plan is of another model."
+            )
+        return kernel.astype(router.dtype)
+    return new_router_kernel(
         router,
-        labels,
-        reference,
+        decided.labels,
+        decided.reference,
         decided.selected,
         plan.router,
         seed=plan.seed,
         layer=layer,
         init_stddev=init_stddev,
     )
-    return PrunedLayer(kernel, merged, alignment)

@@ -17,7 +17,7 @@ from uncurl_jax.pruning.choices import require_choice
 from uncurl_jax.pruning.merging import merge_arrays, normalized_weights
 from uncurl_jax.pruning.statistics import LayerStatistics
 
-TREATMENTS = ("reinit", "reference", "mean")
+TREATMENTS = ("reinit", "reference", "mean", "fit", "remap")
 
 
 def new_router_kernel(
@@ -40,7 +40,9 @@ def new_router_kernel(
       frequency: [expert] >= 0, how often each expert is selected, or its share in its cluster (a
         plan's weights); used by "mean".
       treatment: "reinit" (normal values, the paper's; to be trained before use), "reference" (the
-        reference's column) or "mean" (frequency-weighted mean of the members' columns).
+        reference's column), "mean" (frequency-weighted mean of the members' columns) or "remap"
+        (the kernel as it is, [embed, expert]; the model maps its columns to clusters). "fit" needs
+        the task's tokens: see `fit_router`.
       seed: seed of "reinit".
       layer: index of the layer, so that layers differ under "reinit".
       init_stddev: standard deviation of "reinit" (`ModelConfig.init_stddev`).
@@ -52,12 +54,16 @@ def new_router_kernel(
       InputError: If the treatment is unknown or labels do not fit the kernel.
     """
     require_choice("router", treatment, TREATMENTS)
+    if treatment == "fit":
+        raise InputError("A fitted router is part of the plan, got treatment 'fit': take it there.")
     labels, reference = np.asarray(labels), np.asarray(reference)
     if labels.shape != kernel.shape[1:]:
         raise InputError(
             f"A router needs one label per column, got {labels.shape} for a kernel of shape "
             f"{kernel.shape}: the plan is of another model."
         )
+    if treatment == "remap":
+        return np.array(kernel)
     if treatment == "reference":
         return np.take(kernel, reference, axis=1)
     if treatment == "mean":
@@ -110,14 +116,9 @@ def gate_compensation(
             "gate_compensation needs a router whose gates can be predicted, got router 'reinit': "
             "use 'reference' or 'mean', or turn gate_compensation off."
         )
+    require_softmax_gates(statistics)
     routed = np.asarray(statistics.routed_prob, np.float64)
-    own, applied = np.diagonal(routed), np.asarray(statistics.gate_mass, np.float64)
-    if not np.isclose(own.sum(), applied.sum(), rtol=1e-3):
-        raise InputError(
-            "gate_compensation needs gates that are softmax probabilities, got gates that sum to "
-            f"{applied.sum():.6g} where the probabilities sum to {own.sum():.6g}: turn it off for "
-            "models that normalise the gates of the selected experts."
-        )
+    own = np.diagonal(routed)
     labels, reference = np.asarray(labels), np.asarray(reference)
     num_clusters = len(reference)
     member = (labels[:, None] == np.arange(num_clusters)).astype(np.float64)  # [expert, cluster]
@@ -134,6 +135,18 @@ def gate_compensation(
     is_known = (numerator > 0) & (denominator > 0)
     factors = np.where(is_known, numerator, 1.0) / np.where(is_known, denominator, 1.0)
     return factors.astype(np.float32)
+
+
+def require_softmax_gates(statistics: LayerStatistics) -> None:
+    """Raises InputError if gates are not softmax probabilities, but normalised over the top-k."""
+    own = np.diagonal(np.asarray(statistics.routed_prob, np.float64)).sum()
+    applied = np.asarray(statistics.gate_mass, np.float64).sum()
+    if not np.isclose(own, applied, rtol=1e-3):
+        raise InputError(
+            "gate_compensation needs gates that are softmax probabilities, got gates that sum to "
+            f"{applied:.6g} where the probabilities sum to {own:.6g}: turn it off for models that "
+            "normalise the gates of the selected experts."
+        )
 
 
 def scale_outputs(

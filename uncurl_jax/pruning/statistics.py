@@ -2,7 +2,7 @@
 
 Axes: batch, length, token (batch and length merged), expert (Z), topk. Every field is a sum over
 tokens, so statistics of disjoint sets of tokens add up to those of their union: over batches, over
-devices (a sharded sum under `jax.jit`) and over hosts.
+devices (a sharded sum under `jax.jit`), over hosts and over files (`merge_statistics`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,13 @@ from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
 
 FORMAT = "uncurl_jax router statistics"
-FORMAT_VERSION = 1
-_ADDITIVE_KEYS = ("tokens", "batches")
+FORMAT_VERSION = 2
+# Optional groups of statistics: what `collect` may name, and the fields that each fills.
+COLLECTIONS = {
+    "outputs": ("output_norm", "gated_output_norm", "output_sum"),
+    "all_outputs": ("all_output_sum",),
+}
+_ADDITIVE_KEYS = ("tokens", "batches", "shards")
 _REQUIRED_KEYS = (
     "checkpoint_hash",
     "num_experts",
@@ -55,6 +60,12 @@ class LayerStatistics(NamedTuple):
       coactivation: [expert, expert] tokens that selected both; its diagonal is `selected`.
       routed_prob: [expert, expert] row i is the sum of p over the tokens that selected expert i;
         gate compensation predicts the gates after a merge from it.
+      output_norm: [expert] sum of |E_i(x)| over the tokens that selected expert i (before drops);
+        this and the next two are None unless "outputs" were collected.
+      gated_output_norm: [expert] the same sum of gate * |E_i(x)|.
+      output_sum: [expert, embed] sum of E_i(x) over the tokens that selected expert i.
+      all_output_sum: [expert, embed] sum of E_i(x) over all tokens; None unless "all_outputs" were
+        collected, which runs every expert on every token.
     """
 
     tokens: Any
@@ -66,9 +77,35 @@ class LayerStatistics(NamedTuple):
     prob_mass: Any
     coactivation: Any
     routed_prob: Any
+    output_norm: Any = None
+    gated_output_norm: Any = None
+    output_sum: Any = None
+    all_output_sum: Any = None
 
 
-_RANKS = {"tokens": 0, "gram": 2, "coactivation": 2, "routed_prob": 2}
+_AXES: dict[str, tuple[str, ...]] = {
+    "tokens": (),
+    "gram": ("expert", "expert"),
+    "coactivation": ("expert", "expert"),
+    "routed_prob": ("expert", "expert"),
+    "output_sum": ("expert", "embed"),
+    "all_output_sum": ("expert", "embed"),
+}
+_OPTIONAL = tuple(name for fields in COLLECTIONS.values() for name in fields)
+
+
+def to_host(statistics: LayerStatistics) -> LayerStatistics:
+    """Returns float64 numpy arrays; what was not collected stays None."""
+    return jax.tree.map(lambda field: np.asarray(field, np.float64), statistics)
+
+
+def collected(statistics: LayerStatistics) -> tuple[str, ...]:
+    """Names the optional groups that the statistics hold."""
+    return tuple(
+        group
+        for group, fields in COLLECTIONS.items()
+        if all(getattr(statistics, name) is not None for name in fields)
+    )
 
 
 def layer_statistics(
@@ -77,6 +114,8 @@ def layer_statistics(
     gate: jax.Array,
     is_kept: jax.Array,
     mask: jax.Array,
+    outputs: jax.Array | None = None,
+    all_output_sum: jax.Array | None = None,
 ) -> LayerStatistics:
     """Reduces one batch's routing to sums; works under `jax.jit` and on sharded arrays.
 
@@ -89,6 +128,10 @@ def layer_statistics(
       gate: [batch, length, topk] gates of the selected experts, before capacity drops.
       is_kept: [batch, length, topk] bool, False where the capacity dropped the assignment.
       mask: [batch, length] bool, True on real tokens; others add nothing, even when not finite.
+      outputs: [batch, length, topk, embed] outputs of the selected experts before the gate, also of
+        assignments that were dropped; None if not observed.
+      all_output_sum: [expert, embed] outputs of every expert summed over the real tokens; None if
+        not observed.
 
     Returns:
       LayerStatistics of float32 arrays.
@@ -107,6 +150,18 @@ def layer_statistics(
     def outer(left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.einsum("ti,tj->ij", left, right, precision=jax.lax.Precision.HIGHEST)
 
+    optional: dict[str, jax.Array] = {}
+    if outputs is not None:
+        flat = outputs.reshape(-1, num_selected, outputs.shape[-1]).astype(jnp.float32)
+        flat = jnp.where(is_token[:, None, None], flat, 0.0)
+        norm = jnp.linalg.norm(flat, axis=-1)  # [token, topk]
+        optional["output_norm"] = jnp.einsum("tke,tk->e", choice, norm)
+        optional["gated_output_norm"] = jnp.einsum("tke,tk->e", choice, norm * gates)
+        optional["output_sum"] = jnp.einsum(
+            "tke,tkd->ed", choice, flat, precision=jax.lax.Precision.HIGHEST
+        )
+    if all_output_sum is not None:
+        optional["all_output_sum"] = all_output_sum.astype(jnp.float32)
     return LayerStatistics(
         tokens=is_token.sum(dtype=jnp.float32),
         gram=outer(h, h),
@@ -117,6 +172,7 @@ def layer_statistics(
         prob_mass=p.sum(axis=0),
         coactivation=outer(is_selected, is_selected),
         routed_prob=outer(is_selected, p),
+        **optional,
     )
 
 
@@ -125,21 +181,20 @@ def add_layers(
 ) -> dict[int, LayerStatistics]:
     """Adds two passes' statistics layer by layer, in float64."""
     return {
-        layer: LayerStatistics(
-            *(
-                np.add(a, b, dtype=np.float64)
-                for a, b in zip(left[layer], right[layer], strict=True)
-            )
-        )
+        layer: jax.tree.map(lambda a, b: np.add(a, b, dtype=np.float64), left[layer], right[layer])
         for layer in sorted(left)
     }
 
 
 def zero_layers(num_experts: Iterable[int]) -> dict[int, LayerStatistics]:
-    """Returns all-zero float64 statistics for the layers with experts (count > 0)."""
+    """Returns all-zero float64 statistics for the layers with experts, optional ones left out."""
     return {
         layer: LayerStatistics(
-            *(np.zeros((count,) * _RANKS.get(name, 1)) for name in LayerStatistics._fields)
+            **{
+                name: np.zeros((count,) * len(_AXES.get(name, ("expert",))))
+                for name in LayerStatistics._fields
+                if name not in _OPTIONAL
+            }
         )
         for layer, count in enumerate(num_experts)
         if count
@@ -205,10 +260,7 @@ class RouterStatistics:
     def __post_init__(self):
         require_manifest(self.manifest)
         manifest = json.loads(json.dumps(self.manifest))
-        layers = {
-            int(layer): LayerStatistics(*(np.asarray(field, np.float64) for field in fields))
-            for layer, fields in sorted(self.layers.items())
-        }
+        layers = {int(layer): to_host(fields) for layer, fields in sorted(self.layers.items())}
         check_layers(layers, manifest["num_experts"])
         if layers and not any(float(fields.tokens) for fields in layers.values()):
             raise InputError(
@@ -218,6 +270,7 @@ class RouterStatistics:
         manifest["tokens"] = int(next(iter(layers.values())).tokens) if layers else 0
         manifest.setdefault("batches", 0)
         manifest.setdefault("is_complete", True)
+        manifest["collected"] = list(collected(next(iter(layers.values())))) if layers else []
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "manifest", manifest)
 
@@ -243,11 +296,20 @@ class RouterStatistics:
         """Adds statistics of other tokens under the same model and task.
 
         Raises:
-          InputError: If the manifests disagree in anything but tokens, batches and is_complete.
+          InputError: If the manifests disagree in anything but tokens, batches, shards and
+            is_complete, or both hold the same shard.
         """
         require_same_source(self.manifest, other.manifest)
+        shards = [*self.manifest.get("shards", ()), *other.manifest.get("shards", ())]
+        if len(set(shards)) < len(shards):
+            double = next(shard for shard in shards if shards.count(shard) > 1)
+            raise InputError(
+                f"Statistics that are added must be of different tokens, got shard {double} twice: "
+                "give each shard's file once."
+            )
         manifest = {
             **self.manifest,
+            **({"shards": sorted(shards)} if shards else {}),
             "batches": self.manifest["batches"] + other.manifest["batches"],
             "is_complete": self.manifest["is_complete"] and other.manifest["is_complete"],
         }
@@ -305,8 +367,44 @@ class RouterStatistics:
         return {
             f"layers_{layer}/{name}": array
             for layer, fields in self.layers.items()
-            for name, array in fields._asdict().items()
+            for name, array in _present(fields).items()
         }
+
+
+def merge_statistics(paths: Sequence[str | os.PathLike[str]]) -> RouterStatistics:
+    """Adds the statistics in several files, of different tokens under one model and task.
+
+    Raises:
+      InputError: If a file is given twice, is not valid, or is of another source; or if shards of
+        a division are missing.
+    """
+    resolved = [Path(path).resolve() for path in paths]
+    if not resolved or len(set(resolved)) < len(resolved):
+        raise InputError(
+            f"Statistics to merge must be different files, got {[str(path) for path in paths]}: "
+            "give each once."
+        )
+    total = RouterStatistics.load(paths[0])
+    hashes = {total.hash}
+    for path in paths[1:]:
+        more = RouterStatistics.load(path)
+        if more.hash in hashes:
+            raise InputError(f"{path}: Statistics to merge must differ, got a copy of another file.")
+        hashes.add(more.hash)
+        try:
+            total = total + more
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    shards = total.manifest.get("shards", [])
+    if shards:
+        count = int(shards[0].partition("/")[2])
+        whole = {f"{index}/{count}" for index in range(count)}
+        if whole != set(shards):
+            raise InputError(
+                f"All shards of one calibration must be merged, got {', '.join(shards)} where "
+                f"{', '.join(sorted(whole))} are its shards: give their files and no others."
+            )
+    return total
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -372,8 +470,17 @@ def check_layers(
             f"{sorted(layers)}{where}: observe the model that the manifest describes."
         )
     for layer, fields in layers.items():
-        for name, array in fields._asdict().items():
-            shape = (expected[layer],) * _RANKS.get(name, 1)
+        if any(
+            0 < sum(getattr(fields, name) is not None for name in group) < len(group)
+            for group in COLLECTIONS.values()
+        ):
+            raise InputError(
+                f"Statistics of layer {layer} must hold a group of optional sums whole or not at "
+                f"all{where}: calibrate again."
+            )
+        for name, array in _present(fields).items():
+            axes = _AXES.get(name, ("expert",))
+            shape = tuple(expected[layer] if axis == "expert" else array.shape[-1] for axis in axes)
             if array.shape != shape:
                 raise InputError(
                     f"Statistic {name} of layer {layer} must have shape {shape}, got "
@@ -382,8 +489,12 @@ def check_layers(
         _check_finite(layer, fields, where)
 
 
+def _present(fields: LayerStatistics) -> dict[str, np.ndarray]:
+    return {name: array for name, array in fields._asdict().items() if array is not None}
+
+
 def _check_finite(layer: int, fields: LayerStatistics, where: str) -> None:
-    for name, array in fields._asdict().items():
+    for name, array in _present(fields).items():
         is_bad = ~np.isfinite(array)
         if is_bad.any():
             # A bad expert spoils its whole row, and only one entry of every other row.
