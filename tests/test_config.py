@@ -79,6 +79,36 @@ def test_a_model_configuration_round_trips_through_json():
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_every_option_of_an_architecture_round_trips_through_json():
+    config = ModelConfig(
+        **{**MODEL, "num_experts": (2, 0)},
+        is_gated=True,
+        activation="silu",
+        has_mlp_bias=False,
+        shared_mlp_dim=8,
+        has_shared_gate=True,
+        expert_map=((0, 1, 1), None),
+    )
+    read = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert read == config and hash(read) == hash(config)
+
+
+def test_a_configuration_without_the_newer_fields_has_their_defaults():
+    values = ModelConfig(**MODEL).to_dict()
+    for name in ("is_gated", "activation", "has_mlp_bias", "shared_mlp_dim", "expert_map"):
+        del values[name]
+    assert ModelConfig.from_dict(values) == ModelConfig(**MODEL)
+
+
+def test_a_router_may_be_wider_than_its_experts():
+    rows: Any = [[1, 0, 1], None, None]
+    config = ModelConfig(**{**MODEL, "num_experts": (2, 0, 3)}, expert_map=rows)
+    assert config.expert_map == ((1, 0, 1), None, None)
+    assert [config.router_width(layer) for layer in (0, 2)] == [3, 3]
+    assert config.with_experts(2).expert_map is None
+    assert ModelConfig(**MODEL).router_width(0) == 4
+
+
 def test_unknown_and_missing_fields_are_listed():
     values = ModelConfig(**MODEL).to_dict()
     del values["embed_dim"]
@@ -101,6 +131,16 @@ def test_unknown_and_missing_fields_are_listed():
         ({"num_experts": (4, -1)}, r"num_experts\[1\]=-1 is below"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive, or None for dropless"),
         ({"eval_capacity_factor": -1.0}, "eval_capacity_factor must be positive"),
+        ({"activation": "tanh"}, 'activation must be "gelu", "silu" or "relu", got \'tanh\''),
+        ({"shared_mlp_dim": -1}, "shared_mlp_dim must not be negative, .* got -1"),
+        ({"has_shared_gate": True}, "positive with has_shared_gate, got 0"),
+        ({"expert_map": ((0, 1, 2, 3),)}, "one entry per layer, got 1 for 2 layers"),
+        (
+            {"expert_map": ((0, 1, 2, 2), None)},
+            r"expert_map\[0\] must name each of the layer's 4 experts, got \[0, 1, 2\]",
+        ),
+        ({"expert_map": ((0, 1, 2, 3, 4), None)}, r"expert_map\[0\] must name each"),
+        ({"expert_map": (None, (0,))}, r"expert_map\[1\] must name each of the layer's 0 experts"),
         ({"dtype": "float16"}, 'dtype must be "bfloat16" or "float32", got \'float16\''),
     ],
 )

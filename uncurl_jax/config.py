@@ -246,6 +246,33 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """What a student learns from a teacher beside the targets; the terms are added to the loss.
+
+    Attributes:
+      logit_weight: of temperature^2 * KL(teacher || student) of the predictions, a mean over the
+        tokens that the loss counts.
+      router_weight: of KL(teacher || student) of the routers, the teacher's probabilities summed
+        inside the clusters that pruning made, a mean over real tokens and MoE layers.
+      temperature: divides both models' logits in the first term.
+    """
+
+    logit_weight: float = 1.0
+    router_weight: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        weights = (self.logit_weight, self.router_weight)
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise InputError(
+                "logit_weight and router_weight must be at least 0, and one of them above, got "
+                f"{self.logit_weight} and {self.router_weight}."
+            )
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature must be positive, got {self.temperature}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training stage: what is trained, on which token cache, for how long.
 
@@ -265,6 +292,8 @@ class TrainConfig:
       keep_optimizer_state: whether the last checkpoint holds the optimizer's state, which no later
         stage here reads (it is two thirds of the bytes); those before hold it, to resume from.
       expert_partitions, model_partitions: of the device mesh; the other devices split the batch.
+      distillation: what is learned from a teacher, whose checkpoint is given to the stage; None
+        for nothing.
     """
 
     optimizer: OptimizerConfig
@@ -281,6 +310,7 @@ class TrainConfig:
     keep_optimizer_state: bool = True
     expert_partitions: int = 1
     model_partitions: int = 1
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self):
         if self.trainable not in ("all", "router"):

@@ -172,6 +172,17 @@ def test_what_a_prune_of_another_source_left_is_in_the_way(
         prune_checkpoint(source, plan, out)
 
 
+def test_what_a_kill_after_the_last_rename_left_is_in_nobodys_way(
+    tmp_path, config, labels, save_checkpoint, plan_for
+):
+    out = tmp_path / "pruned"
+    source, plan = interrupted(tmp_path, config, labels, save_checkpoint, plan_for, out)
+    shutil.rmtree(leftover_of(out) / "checkpoint")
+    prune_checkpoint(source, dataclasses.replace(plan, alignment="none"), out)
+    shutil.rmtree(out)
+    assert prune_checkpoint(source, plan, out)["pieces"]["resumed"] == 0
+
+
 def test_two_processes_do_not_build_the_same_result(
     tmp_path, config, labels, save_checkpoint, plan_for
 ):

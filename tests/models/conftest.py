@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,37 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+# Activations in float64, by the name that a configuration gives them.
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "gelu": gelu,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu": lambda x: np.where(x > 0, x, 0),
+}
+
+
+def feed_forward(
+    arrays: Mapping[str, Any], x: np.ndarray, activation: str = "gelu", join: str = "_"
+) -> np.ndarray:
+    """Two or three projections of x [..., d] in float64.
+
+    Arrays are named wi, wi_bias, ... (or with another `join`, as wi/bias), wg if gated.
+    """
+
+    def project(name: str, x: np.ndarray) -> np.ndarray:
+        kernel = arrays.get(name, arrays.get(f"{name}{join}kernel"))
+        bias = arrays.get(f"{name}{join}bias")
+        y = x @ np.asarray(kernel, np.float64)
+        return y if bias is None else y + np.asarray(bias, np.float64)
+
+    x = np.asarray(x, np.float64)
+    hidden = project("wi", x)
+    if "wg" in arrays or f"wg{join}kernel" in arrays:
+        hidden = ACTIVATIONS[activation](project("wg", x)) * hidden
+    else:
+        hidden = ACTIVATIONS[activation](hidden)
+    return project("wo", hidden)
+
+
 def _reference_experts(
     x: np.ndarray,
     expert_index: np.ndarray,
@@ -26,13 +57,13 @@ def _reference_experts(
     mask: np.ndarray,
     experts: Experts,
     capacity: int | None,
+    activation: str = "gelu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fills slots one assignment after the other: all first choices, then all second ones, ...
 
     x [t, d], expert_index and gate [t, k], mask [t] -> y [t, d] float64, is_kept [t, k].
     """
-    wi, wi_bias, wo, wo_bias = (np.asarray(array, np.float64) for array in experts)
-    used = [0] * len(wi)
+    used = [0] * len(experts.wi)
     y = np.zeros(x.shape, np.float64)
     is_kept = np.zeros(expert_index.shape, bool)
     for choice in range(expert_index.shape[1]):
@@ -42,8 +73,8 @@ def _reference_experts(
                 continue
             used[expert] += 1
             is_kept[token, choice] = True
-            hidden = gelu(x[token].astype(np.float64) @ wi[expert] + wi_bias[expert])
-            y[token] += gate[token, choice] * (hidden @ wo[expert] + wo_bias[expert])
+            one = {n: a[expert] for n, a in experts._asdict().items() if a is not None}
+            y[token] += gate[token, choice] * feed_forward(one, x[token], activation)
     return y, is_kept
 
 
@@ -69,14 +100,34 @@ def reference_gelu() -> Callable[[np.ndarray], np.ndarray]:
 
 
 @pytest.fixture
-def random_experts() -> Callable[..., Experts]:
-    """Returns random_experts(count, dim, mlp, seed=0): float32 experts of order one."""
+def reference_feed_forward() -> Callable[..., np.ndarray]:
+    """Returns the numpy feed-forward network; see `feed_forward`."""
+    return feed_forward
 
-    def make(count: int, dim: int, mlp: int, seed: int = 0) -> Experts:
+
+@pytest.fixture
+def random_experts() -> Callable[..., Experts]:
+    """Returns random_experts(count, dim, mlp, ...): float32 experts of order one."""
+
+    def make(
+        count: int,
+        dim: int,
+        mlp: int,
+        seed: int = 0,
+        *,
+        is_gated: bool = False,
+        has_bias: bool = True,
+    ) -> Experts:
         generator = np.random.default_rng(seed)
-        shapes = ((count, dim, mlp), (count, mlp), (count, mlp, dim), (count, dim))
-        arrays = (generator.normal(0, 0.3, shape).astype(np.float32) for shape in shapes)
-        return Experts._make(arrays)
+        shapes = {"wi": (dim, mlp), "wi_bias": (mlp,), "wo": (mlp, dim), "wo_bias": (dim,)}
+        if is_gated:
+            shapes |= {"wg": (dim, mlp), "wg_bias": (mlp,)}
+        arrays: dict[str, Any] = {
+            name: generator.normal(0, 0.3, (count, *shape)).astype(np.float32)
+            for name, shape in shapes.items()
+            if has_bias or not name.endswith("_bias")
+        }
+        return Experts(**arrays)
 
     return make
 
@@ -97,6 +148,35 @@ def random_params() -> Callable[..., dict[str, Any]]:
             node[last] = generator.normal(0, scale, shape).astype(np.float32)
             if last == "scale":
                 node[last] += 1
+        return params
+
+    return make
+
+
+@pytest.fixture
+def copied_params(random_params) -> Callable[..., dict[str, Any]]:
+    """Returns copied_params(config, distinct, noise=0.0): layer 0's experts are copies of some.
+
+    Copies stand in shuffled order with permuted hidden units. Their router columns are equal up to
+    `noise`, which decides among copies at random.
+    """
+
+    def make(config: ModelConfig, distinct: int, noise: float = 0.0) -> dict[str, Any]:
+        generator = np.random.default_rng(11)
+        params = random_params(config)
+        moe = params["layers_0"]["moe"]
+        copies = config.num_experts[0] // distinct
+        origin = generator.permutation(np.repeat(np.arange(distinct), copies))
+        kernel = moe["router"]["kernel"][:, origin]
+        moe["router"]["kernel"] = kernel + generator.normal(0, noise, kernel.shape).astype("f4")
+        experts = {name: array[origin].copy() for name, array in moe["experts"].items()}
+        for expert in range(len(origin)):
+            order = generator.permutation(config.mlp_dim)
+            for name in ("wi", "wg", "wi_bias", "wg_bias", "wo"):
+                if name in experts:
+                    axis = 1 if name in ("wi", "wg") else 0
+                    experts[name][expert] = np.take(experts[name][expert], order, axis)
+        moe["experts"] = experts
         return params
 
     return make

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -29,12 +31,25 @@ def make_tokens(num_experts: int, topk: int, groups: int = GROUPS) -> dict[str, 
     }
 
 
-def check(tokens, experts: Experts, capacity: int | None, mesh: Mesh | None, reference) -> None:
-    apply = jax.jit(apply_moe, static_argnames=("capacity", "mesh"))
-    out = apply(**tokens, experts=experts, capacity=capacity, mesh=mesh)
+gelu = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {"gelu": gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+STATIC = ("activation", "capacity", "mesh")
+
+
+def check(
+    tokens,
+    experts: Experts,
+    capacity: int | None,
+    mesh: Mesh | None,
+    reference,
+    activation: str = "gelu",
+) -> None:
+    apply = jax.jit(apply_moe, static_argnames=STATIC)
+    function = ACTIVATIONS[activation]
+    out = apply(**tokens, experts=experts, activation=function, capacity=capacity, mesh=mesh)
     for group in range(len(tokens["x"])):
         arrays = {name: array[group] for name, array in tokens.items()}
-        y, is_kept = reference(**arrays, experts=experts, capacity=capacity)
+        y, is_kept = reference(**arrays, experts=experts, capacity=capacity, activation=activation)
         np.testing.assert_allclose(out.y[group], y, rtol=TOLERANCE, atol=TOLERANCE)
         np.testing.assert_array_equal(out.is_kept[group], is_kept)
 
@@ -71,6 +86,35 @@ def test_other_meshes_equal_the_loop(
     check(tokens, random_experts(num_experts, DIM, MLP), capacity, mesh, reference_experts)
 
 
+@pytest.mark.parametrize(
+    ("is_gated", "has_bias", "activation", "capacity", "shape"),
+    [
+        (True, True, "silu", None, None),
+        (True, True, "silu", 2, (2, 2, 2)),
+        (True, False, "silu", None, (1, 4, 2)),
+        (True, False, "gelu", 2, (1, 8, 1)),
+        (False, False, "relu", None, (4, 1, 2)),
+        (False, False, "relu", 2, (2, 4, 1)),
+        (True, True, "relu", 3, None),
+    ],
+)
+def test_gated_and_plain_experts_with_and_without_biases_equal_the_loop(
+    is_gated, has_bias, activation, capacity, shape, random_experts, reference_experts
+):
+    mesh = None
+    if shape is not None:
+        mesh = make_mesh(
+            expert_partitions=shape[1],
+            model_partitions=shape[2],
+            devices=jax.devices()[: math.prod(shape)],
+        )
+    groups = 8 if shape == (1, 8, 1) or shape == (2, 4, 1) else GROUPS
+    experts = random_experts(5, DIM, MLP, is_gated=is_gated, has_bias=has_bias)
+    assert (experts.wg is not None) == is_gated and (experts.wi_bias is not None) == has_bias
+    tokens = make_tokens(5, topk=2, groups=groups)
+    check(tokens, experts, capacity, mesh, reference_experts, activation)
+
+
 def test_hidden_units_that_the_model_axis_does_not_divide_stay_whole(
     random_experts, reference_experts
 ):
@@ -105,7 +149,9 @@ def test_dropless_gradients_equal_those_with_a_slot_for_every_token(random_exper
     def gradients(capacity: int | None):
         def loss(x, gate, experts):
             arrays: dict[str, Any] = {**tokens, "x": x, "gate": gate}
-            out = apply_moe(**arrays, experts=experts, capacity=capacity, mesh=None)
+            out = apply_moe(
+                **arrays, experts=experts, activation=gelu, capacity=capacity, mesh=None
+            )
             return jnp.sum(out.y * cotangent)
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(tokens["x"], tokens["gate"], experts)
@@ -118,14 +164,13 @@ def test_dropless_gradients_equal_those_with_a_slot_for_every_token(random_exper
 
 def test_the_compiled_program_exchanges_tokens_by_all_to_all(random_experts):
     mesh = make_mesh(expert_partitions=4, devices=jax.devices()[:4])
-    apply = jax.jit(apply_moe, static_argnames=("capacity", "mesh"))
+    apply = jax.jit(apply_moe, static_argnames=STATIC)
 
     def program(num_experts: int, mesh: Mesh | None) -> str:
         tokens = make_tokens(num_experts, topk=1)
         experts = random_experts(num_experts, DIM, MLP)
-        return (
-            apply.lower(**tokens, experts=experts, capacity=2, mesh=mesh).compile().as_text() or ""
-        )
+        options = {"activation": gelu, "capacity": 2, "mesh": mesh}
+        return apply.lower(**tokens, experts=experts, **options).compile().as_text() or ""
 
     assert "all-to-all" in program(8, mesh)
     assert "all-to-all" not in program(8, make_mesh(devices=jax.devices()[:4]))

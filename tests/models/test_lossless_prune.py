@@ -39,32 +39,6 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture
-def copied_params(random_params) -> Callable[[float], dict[str, Any]]:
-    """Returns copied_params(noise): experts of layer 0 in shuffled copies with permuted units.
-
-    Router columns of copies are equal up to `noise`, which decides among copies at random.
-    """
-
-    def make(noise: float) -> dict[str, Any]:
-        generator = np.random.default_rng(11)
-        params = random_params(CONFIG)
-        moe = params["layers_0"]["moe"]
-        origin = generator.permutation(np.repeat(np.arange(DISTINCT), COPIES))
-        moe["router"]["kernel"] = moe["router"]["kernel"][:, origin]
-        moe["router"]["kernel"] += generator.normal(0, noise, (16, len(origin))).astype(np.float32)
-        experts = {name: array[origin].copy() for name, array in moe["experts"].items()}
-        for expert in range(len(origin)):
-            order = generator.permutation(CONFIG.mlp_dim)
-            experts["wi"][expert] = experts["wi"][expert][:, order]
-            experts["wi_bias"][expert] = experts["wi_bias"][expert][order]
-            experts["wo"][expert] = experts["wo"][expert][order]
-        moe["experts"] = experts
-        return params
-
-    return make
-
-
 def make_batch() -> Batch:
     generator = np.random.default_rng(12)
     tokens = generator.integers(3, 260, (16, 17)).astype(np.int32)
@@ -80,29 +54,30 @@ def logits_of(config: ModelConfig, params: Any) -> np.ndarray:
     return np.asarray(apply(params))[batch.mask]
 
 
-def prune_in_memory(params: Any, num_experts: int, **options: Any) -> tuple[PruningPlan, Any]:
-    observe = router_observer(CONFIG)
+def prune_in_memory(
+    params: Any, num_experts: int, config: ModelConfig = CONFIG, **options: Any
+) -> tuple[PruningPlan, Any]:
+    observe = router_observer(config)
     manifest = make_manifest(
         checkpoint_hash="0" * 64,
-        num_experts=CONFIG.num_experts,
-        num_selected_experts=1,
+        num_experts=config.num_experts,
+        num_selected_experts=config.num_selected_experts,
         task="random",
         split="train",
         vocabulary_hash="1" * 64,
         seed=0,
     )
     statistics = calibrate(lambda batch: observe(params, batch), [make_batch()], manifest=manifest)
-    plan = make_plan(
-        statistics, num_experts=num_experts, router="mean", eval_capacity_factor=None, **options
-    )
+    options = {"router": "mean", "eval_capacity_factor": None, **options}
+    plan = make_plan(statistics, num_experts=num_experts, **options)
     moe = params["layers_0"]["moe"]
     pruned = prune_layer(plan, 0, moe["router"]["kernel"], moe["experts"], init_stddev=0.02)
-    moe = {"router": {"kernel": pruned.router}, "experts": pruned.experts}
+    moe = {**moe, "router": {"kernel": pruned.router}, "experts": pruned.experts}
     return plan, {**params, "layers_0": {**params["layers_0"], "moe": moe}}
 
 
 def test_equal_copies_are_pruned_without_loss(copied_params):
-    params = copied_params(0.0)
+    params = copied_params(CONFIG, DISTINCT)
     plan, pruned = prune_in_memory(params, DISTINCT, gate_compensation=True)
     assert plan.layer(0).cluster_sizes == (COPIES,) * DISTINCT
     before = logits_of(CONFIG, params)
@@ -110,15 +85,62 @@ def test_equal_copies_are_pruned_without_loss(copied_params):
     np.testing.assert_allclose(after, before, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+SMALL = dataclasses.replace(CONFIG, num_experts=(DISTINCT * COPIES,))
+QWEN_LIKE = dataclasses.replace(
+    SMALL,
+    is_gated=True,
+    activation="silu",
+    has_mlp_bias=False,
+    shared_mlp_dim=6,
+    has_shared_gate=True,
+)
+
+
+@pytest.mark.parametrize("config", [QWEN_LIKE, dataclasses.replace(SMALL, is_gated=True)])
+def test_equal_copies_of_gated_experts_are_pruned_without_loss(copied_params, config):
+    params = copied_params(config, DISTINCT)
+    plan, pruned = prune_in_memory(params, DISTINCT, config, gate_compensation=True)
+    assert plan.layer(0).cluster_sizes == (COPIES,) * DISTINCT
+    before = logits_of(config, params)
+    after = logits_of(config.with_experts(DISTINCT), pruned)
+    np.testing.assert_allclose(after, before, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_with_normalised_gates_of_top_1_no_compensation_is_needed(copied_params):
+    config = dataclasses.replace(SMALL, normalize_gates=True)
+    params = copied_params(config, DISTINCT)
+    _, pruned = prune_in_memory(params, DISTINCT, config)
+    before = logits_of(config, params)
+    after = logits_of(config.with_experts(DISTINCT), pruned)
+    np.testing.assert_allclose(after, before, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_top_2_routing_sends_pairs_of_copies_to_two_experts_and_loses_that(copied_params):
+    # The two best columns are copies of one expert; the merged router picks its second best too.
+    config = dataclasses.replace(QWEN_LIKE, num_selected_experts=2, normalize_gates=True)
+    params = copied_params(config, DISTINCT)
+    before = logits_of(config, params)
+    _, merged = prune_in_memory(params, DISTINCT, config)
+    change = logits_of(config.with_experts(DISTINCT), merged) - before
+    assert np.abs(change).max() > 0.1
+    # The old router over merged experts adds both gates up and loses nothing.
+    plan, kept = prune_in_memory(params, DISTINCT, config, router="remap")
+    remapped = dataclasses.replace(config, num_experts=(DISTINCT,), expert_map=plan.expert_map)
+    np.testing.assert_allclose(logits_of(remapped, kept), before, rtol=TOLERANCE, atol=TOLERANCE)
+    # As many experts as before, in another order, lose nothing either.
+    _, same = prune_in_memory(params, DISTINCT * COPIES, config)
+    np.testing.assert_allclose(logits_of(config, same), before, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_without_gate_compensation_the_merged_branch_grows(copied_params):
-    params = copied_params(0.0)
+    params = copied_params(CONFIG, DISTINCT)
     _, pruned = prune_in_memory(params, DISTINCT)
     change = logits_of(CONFIG.with_experts(DISTINCT), pruned) - logits_of(CONFIG, params)
     assert np.abs(change).max() > 0.1
 
 
 def test_as_many_experts_as_before_changes_nothing_but_the_order(copied_params):
-    params = copied_params(0.1)
+    params = copied_params(CONFIG, DISTINCT, 0.1)
     plan, same = prune_in_memory(params, DISTINCT * COPIES, gate_compensation=True)
     labels = np.asarray(plan.layer(0).labels)
     assert sorted(labels) == list(range(DISTINCT * COPIES))
@@ -132,7 +154,7 @@ def test_as_many_experts_as_before_changes_nothing_but_the_order(copied_params):
 def test_copies_that_share_the_tokens_are_pruned_without_loss_from_file_to_file(
     copied_params, tmp_path: Path
 ):
-    params = copied_params(1e-7)
+    params = copied_params(CONFIG, DISTINCT, 1e-7)
     words = [
         "pruning",
         "keeps",

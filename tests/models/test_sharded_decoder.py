@@ -60,6 +60,19 @@ def loss_and_gradients(config: ModelConfig, mesh: Mesh | None, num_groups: int |
     return compiled.as_text() or "", jax.device_get(compiled(params, *batch))
 
 
+QWEN_LIKE = dataclasses.replace(
+    DROPLESS,
+    num_experts=(5,),
+    num_selected_experts=2,
+    normalize_gates=True,
+    is_gated=True,
+    activation="silu",
+    has_mlp_bias=False,
+    shared_mlp_dim=12,
+    has_shared_gate=True,
+)
+
+
 def case(shape: tuple[int, int, int], num_experts: tuple[int, ...], factor: float | None):
     """Few layers by default; with all of them, a minute each, only on request."""
     name = "x".join(map(str, shape))
@@ -86,9 +99,26 @@ def case(shape: tuple[int, int, int], num_experts: tuple[int, ...], factor: floa
 )
 def test_eight_devices_equal_one(shape, num_experts, factor, random_params):
     config = dataclasses.replace(DROPLESS, num_experts=num_experts, capacity_factor=factor)
+    compare(config, shape, random_params(config))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expert_map"),
+    [
+        ((2, 2, 2), None),
+        pytest.param((1, 4, 2), ((4, 3, 2, 1, 0, 0, 1),), marks=pytest.mark.slow),
+        pytest.param((8, 1, 1), None, marks=pytest.mark.slow),
+    ],
+)
+def test_gated_and_shared_experts_on_eight_devices_equal_one(shape, expert_map, random_params):
+    config = dataclasses.replace(QWEN_LIKE, expert_map=expert_map)
+    compare(config, shape, random_params(config))
+
+
+def compare(config: ModelConfig, shape: tuple[int, int, int], params: Any) -> None:
+    factor = config.capacity_factor
     mesh = make_mesh(expert_partitions=shape[1], model_partitions=shape[2])
     assert tuple(mesh.devices.shape) == shape
-    params = random_params(config)
     # Tokens compete for slots within a group, so the groups must be the same ones.
     is_dropless = factor is None
     groups = 1 if is_dropless else axis_size(mesh, TOKEN_AXES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,8 +118,8 @@ class Weights(NamedTuple):
     """A checkpoint's weights, by layer; what `make_plan` takes."""
 
     routers: dict[int, np.ndarray]
-    all_experts: dict[int, dict[str, np.ndarray]] = {}
-    base_routers: dict[int, np.ndarray] = {}
+    all_experts: Mapping[int, dict[str, np.ndarray]] = MappingProxyType({})
+    base_routers: Mapping[int, np.ndarray] = MappingProxyType({})
 
     def router(self, layer):
         return self.routers[layer]

@@ -47,13 +47,11 @@ def test_layers_without_any_token_get_what_is_left(reference):
         (3, 2, 1, r"between 4 \(at least 2 in each of 2 MoE layers\) and 9, got 3"),
         (10, 1, 1, r"and 9, got 10"),
         (5, 1, 2, r"multiple of multiple_of=2 between 4 .* and 8, got 5"),
-        (8, 1, 8, "at least 1, got 4 experts in layer 0: choose a smaller multiple_of"),
+        (8, 1, 8, "of at least 1, got 4 experts in layer 0: choose a smaller multiple_of"),
         (12, 4, 3, "at least 4, got 4 experts in layer 0"),  # 4, rounded up to 6
     ],
 )
-def test_totals_that_cannot_be_divided_are_refused(
-    reference, total, minimum, multiple_of, message
-):
+def test_totals_that_cannot_be_divided_are_refused(reference, total, minimum, multiple_of, message):
     layers = layers_of(reference, [8, 4, 2, 1], [1, 1, 1, 1, 1])
     with pytest.raises(InputError, match=message):
         allocate(layers, total, minimum=minimum, multiple_of=multiple_of)
@@ -61,14 +59,10 @@ def test_totals_that_cannot_be_divided_are_refused(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), multiple_of=st.integers(1, 3), minimum=st.integers(1, 3))
-def test_counts_sum_to_the_total_in_blocks_above_the_minimum(
-    reference, data, multiple_of, minimum
-):
+def test_counts_sum_to_the_total_in_blocks_above_the_minimum(reference, data, multiple_of, minimum):
     least = -(-minimum // multiple_of) * multiple_of
     usage = data.draw(
-        st.lists(
-            st.lists(st.integers(0, 50), min_size=least, max_size=12), min_size=1, max_size=4
-        )
+        st.lists(st.lists(st.integers(0, 50), min_size=least, max_size=12), min_size=1, max_size=4)
     )
     layers = layers_of(reference, *usage)
     most = sum(len(row) // multiple_of for row in usage)

@@ -52,9 +52,65 @@ def test_calibration_equals_one_pass_over_all_tokens(reference):
     assert statistics.manifest["batches"] == 5 and statistics.manifest["is_complete"]
     for layer, count in ((0, 4), (2, 3)):
         expected = reference.statistics(rows[:, :count] * (1 + layer))
-        for a, b in zip(statistics.layers[layer], expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-            assert a.dtype == np.float64
+        for name, b in expected._asdict().items():
+            a = getattr(statistics.layers[layer], name)
+            assert (a is None) == (b is None)
+            if b is not None:
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+                assert a.dtype == np.float64
+
+
+@jax.jit
+def observe_outputs(batch):
+    """Expert z makes (z + 1) x of x in layer 0; nothing is asked of layer 2's experts."""
+    x, mask = batch
+    scale = jnp.arange(1.0, 5.0)
+    gate, index = jax.lax.top_k(jax.nn.softmax(x), 1)
+    outputs = scale[index][..., None] * x[:, :, None, :]
+    sums = scale[:, None] * jnp.where(mask[..., None], x, 0.0).sum(axis=(0, 1))
+    kept = jnp.ones(index.shape, bool)
+    return {0: layer_statistics(x, index, gate, kept, mask, outputs, sums)}
+
+
+def test_calibration_with_outputs_equals_one_pass_over_all_tokens(reference):
+    manifest = {**MANIFEST, "num_experts": [4]}
+    statistics = calibrate(observe_outputs, batches(), manifest=manifest)
+    assert statistics.manifest["collected"] == ["outputs", "all_outputs"]
+    rows = np.concatenate([x[mask] for x, mask in batches()])
+    every = np.arange(1.0, 5.0)[:, None] * rows[:, None, :]
+    expected = reference.statistics(rows, outputs=every)
+    for name, array in expected._asdict().items():
+        found = getattr(statistics.layers[0], name)
+        np.testing.assert_allclose(found, array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_calibration_with_outputs_resumes_to_the_same_bytes(tmp_path):
+    manifest = {**MANIFEST, "num_experts": [4], "collected": ["outputs", "all_outputs"]}
+    whole = calibrate(observe_outputs, batches(), manifest=manifest)
+    options = {"resume_from": tmp_path / "partial.npz", "manifest": manifest}
+
+    def interrupted():
+        yield from batches(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(observe_outputs, interrupted(), save_every=2, **options)
+    assert calibrate(observe_outputs, batches(), **options).hash == whole.hash
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({}, {"collected": ["outputs"]}, r"got collected \[\] in .* and \['outputs'\] now"),
+        ({"shards": ["0/2"]}, {"shards": ["1/2"]}, r"got shards \['0/2'\] .* and \['1/2'\] now"),
+        ({"shards": ["0/2"]}, {}, r"got shards \['0/2'\] .* and \[\] now"),
+    ],
+)
+def test_a_calibration_goes_on_with_the_options_it_began_with(tmp_path, first, then, message):
+    partial = tmp_path / "partial.npz"
+    calibrate(observe, batches(), manifest={**MANIFEST, **first}, resume_from=partial, save_every=2)
+    with pytest.raises(InputError, match=message):
+        calibrate(observe, batches(), manifest={**MANIFEST, **then}, resume_from=partial)
 
 
 def test_sums_keep_float64_where_float32_would_lose_tokens():

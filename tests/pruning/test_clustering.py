@@ -63,9 +63,7 @@ def test_laplacian_eigenvalues_equal_those_of_scipys_laplacian(seed):
 def test_clusters_equal_scikit_learns_spectral_clustering(reference, seed, assign_labels):
     h = reference.planted_logits(seed, PLANTED)
     A = affinity(reference.statistics(h), "cosine")
-    ours = spectral_clustering(
-        A, 4, seed=seed, frequency=np.ones(10), assign_labels=assign_labels
-    )
+    ours = spectral_clustering(A, 4, seed=seed, frequency=np.ones(10), assign_labels=assign_labels)
     theirs = sklearn.cluster.SpectralClustering(
         4, affinity="precomputed", assign_labels=assign_labels, random_state=0
     ).fit_predict(A)

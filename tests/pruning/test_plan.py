@@ -184,7 +184,10 @@ def test_unrelated_layers_of_a_plan_are_refused(statistics):
         ({"affinity": "pearsn"}, r"affinity must be .*; did you mean pearson\?"),
         ({"router": "reinit", "gate_compensation": True}, "got router 'reinit'"),
         ({"router": "remap", "gate_compensation": True}, "whose gates are the old ones"),
-        ({"router": "remap", "method": "seer"}, "got dropped experts in layer 0 from method 'seer'"),
+        (
+            {"router": "remap", "method": "seer"},
+            "got dropped experts in layer 0 from method 'seer'",
+        ),
         ({"router": "fit"}, "needs the checkpoint and a sample of its layers' inputs"),
         ({"alignment": "feature"}, r"alignment must be .* did you mean features"),
         ({"assign_labels": "qr"}, "assign_labels must be one of"),

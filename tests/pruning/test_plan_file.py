@@ -216,7 +216,10 @@ NAN_KERNEL = encode_kernel(np.full((2, 3), np.nan))
         (grouping_change(max_cluster_size=0), "max_cluster_size must be at least 1"),
         (layer_change(fitted_router=KERNEL), "router 'fit' only, got router 'mean' in layer 0"),
         (layer_change(fitted_router="%%"), r"must be base64 of float32 \[embed, D\], got 0 bytes"),
-        (layer_change(fitted_router="AAAA"), r"must be base64 of float32 \[embed, D\], got 3 bytes"),
+        (
+            layer_change(fitted_router="AAAA"),
+            r"must be base64 of float32 \[embed, D\], got 3 bytes",
+        ),
         (layer_change(fitted_router=NAN_KERNEL), "fitted_router must be finite"),
         (top_change(router="reinit"), "gate_compensation must be off with router 'reinit'"),
         (top_change(gate_compensation=False), "gate_factors must be there with gate_compensation"),

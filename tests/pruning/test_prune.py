@@ -84,7 +84,11 @@ def test_without_alignment_the_copies_are_not_lossless(reference):
     sums = statistics_with_random_ties(router, origin, x)
     statistics = reference.router_statistics({0: sums}, (len(origin),))
     plan = make_plan(
-        statistics, num_experts=NUM_DISTINCT, router="mean", gate_compensation=True, align=False
+        statistics,
+        num_experts=NUM_DISTINCT,
+        router="mean",
+        gate_compensation=True,
+        alignment="none",
     )
     pruned = prune_layer(plan, 0, router, experts, init_stddev=0.02)
     assert pruned.alignment is None

@@ -43,7 +43,18 @@ def test_reinit_is_seeded_differs_by_layer_and_has_the_stddev():
     assert not np.array_equal(fresh, new_kernel("reinit", kernel, layer=2))
 
 
-@pytest.mark.parametrize("treatment", ["reinit", "reference", "mean"])
+def test_remap_keeps_every_column():
+    kept = new_kernel("remap")
+    np.testing.assert_array_equal(kept, KERNEL)
+    assert kept is not KERNEL  # a copy: the old kernel may be freed
+
+
+def test_a_fitted_kernel_is_not_made_from_weights():
+    with pytest.raises(InputError, match="A fitted router is part of the plan"):
+        new_kernel("fit")
+
+
+@pytest.mark.parametrize("treatment", ["reinit", "reference", "mean", "remap"])
 def test_kernels_keep_their_dtype(treatment):
     assert new_kernel(treatment, KERNEL.astype(ml_dtypes.bfloat16)).dtype == ml_dtypes.bfloat16
 

@@ -97,6 +97,8 @@ def open_work_directory(out: epath.Path, header: Mapping[str, Any]) -> Iterator[
                 "wait for it."
             ) from None
         journal = work / _JOURNAL
+        if not (work / _RESULT).exists():
+            journal.unlink(missing_ok=True)
         lines = read_json_lines(journal) if journal.exists() else []
         if not lines:
             append_json_line(journal, dict(header))
@@ -124,7 +126,8 @@ def _refuse_others(place: Path, work: Path) -> None:
             entry != work
             and entry.name.startswith(f".{place.name}.")
             and entry.name.endswith(PARTIAL_SUFFIX)
-            and (entry / _JOURNAL).exists()
+            # A kill after the last rename leaves a directory without a result.
+            and (entry / _RESULT).exists()
         ):
             raise InputError(
                 f"An interrupted prune goes on with the plan it began with, got a plan other than "

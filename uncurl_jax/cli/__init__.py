@@ -130,6 +130,7 @@ def _add_model_commands(command: Any) -> None:
     sub = command("train", "Pretrain, warm up a router or fine-tune, as a gin file says.")
     sub.add_argument("--cache", help="token cache of the training split")
     sub.add_argument("--checkpoint", help="checkpoint to begin with")
+    sub.add_argument("--teacher", help="checkpoint that distillation learns from (distill.gin)")
     sub.add_argument("--out", required=True, help="directory for checkpoints and metrics")
     _add_distributed_argument(sub)
 

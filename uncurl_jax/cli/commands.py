@@ -288,7 +288,7 @@ def plan(options: Options) -> Any:
         options["eval_capacity_factor"] = factor
     result = configured(plan_lib.make_plan)(statistics, **options)
     if is_diagnosed and weights is not None:
-        with tqdm(desc="diagnose", file=sys.stderr, unit="layer", delay=1e-3) as bar:
+        with tqdm(desc="diagnose", file=sys.stderr, unit="layer", delay=1.0) as bar:
 
             def show(done: int, total: int) -> None:
                 bar.total = total
@@ -359,7 +359,7 @@ def prune(options: Options) -> Any:
     out = out if "://" in out else os.path.abspath(_new_output(out))
     pruning_plan = PruningPlan.load(options.pop("plan"))
     source = options.pop("checkpoint")
-    with tqdm(desc="prune", file=sys.stderr, unit="step", delay=1e-3) as bar:
+    with tqdm(desc="prune", file=sys.stderr, unit="step", delay=1.0) as bar:
 
         def show(stage: str, done: int, total: int) -> None:
             bar.set_description(f"prune: {stage}", refresh=False)

@@ -101,15 +101,15 @@ def load_study(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     runs: list[dict[str, Any]] = []
     studies: list[dict[str, Any]] = []
     for part in parts or [directory]:
-        study = artifacts.read_json(part / "study.json") if parts else None
         for run in load_runs(part / "runs.jsonl"):
             if run.get("plan") is not None:
                 run["plan"] = (part / run["plan"]).relative_to(directory).as_posix()
             runs.append(run)
+        study = artifacts.read_json(part / "study.json")
         if not isinstance(study, dict) or not isinstance(study.get("title"), str):
             raise InputError(f"{part / 'study.json'} must be an object with a title: run it again.")
         studies.append(study)
-        if study.get("config") != studies[0].get("config"):
+        if _compared(study) != _compared(studies[0]):
             raise InputError(
                 f"The shards of a study must have the same settings, got others in {part} than in "
                 f"{parts[0]}: put them into different directories."
@@ -122,6 +122,12 @@ def load_study(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             "the shards of an earlier division."
         )
     return runs, studies[0]
+
+
+def _compared(study: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that change a study's numbers; whether checkpoints are kept does not."""
+    config = study.get("config") or {}
+    return {name: value for name, value in config.items() if name != "keep_checkpoints"}
 
 
 def _problem(run: Any) -> str | None:

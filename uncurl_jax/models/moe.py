@@ -140,7 +140,12 @@ class MoeLayer(nn.Module):
 
             def output_sum(expert: Experts) -> jax.Array:
                 y = apply_experts(flat, jax.tree.map(lambda array: array[None], expert), activation)
-                return jnp.einsum("td,t->d", y[0].astype(jnp.float32), weight)
+                return jnp.einsum(
+                    "td,t->d",
+                    y[0].astype(jnp.float32),
+                    weight,
+                    precision=jax.lax.Precision.HIGHEST,
+                )
 
             sums = jax.lax.map(output_sum, experts)
             self.sow("all_output_observations", "all_output_sum", sums)

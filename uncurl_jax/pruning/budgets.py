@@ -42,7 +42,7 @@ def allocate(
     too_small = [layer for layer in layers if counts[layer] > blocks[layer]]
     if too_small:
         raise InputError(
-            f"A layer must hold a multiple of multiple_of={multiple_of} that is at least {minimum}, "
+            f"A layer must hold a multiple of multiple_of={multiple_of} of at least {minimum}, "
             f"got {len(layers[too_small[0]].selected)} experts in layer {too_small[0]}: choose a "
             "smaller multiple_of."
         )

@@ -8,6 +8,7 @@ layer's output is from the original before any training. Axes: token, embed, exp
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -241,7 +242,7 @@ def _activate(x: np.ndarray, name: str) -> np.ndarray:
     if name == "silu":
         return x * (0.5 * (1.0 + np.tanh(0.5 * x)))
     if name == "gelu":
-        return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
     raise InputError(f'activation must be "gelu", "silu" or "relu", got {name!r}.')
 
 

@@ -155,8 +155,8 @@ def layer_statistics(
         flat = outputs.reshape(-1, num_selected, outputs.shape[-1]).astype(jnp.float32)
         flat = jnp.where(is_token[:, None, None], flat, 0.0)
         norm = jnp.linalg.norm(flat, axis=-1)  # [token, topk]
-        optional["output_norm"] = jnp.einsum("tke,tk->e", choice, norm)
-        optional["gated_output_norm"] = jnp.einsum("tke,tk->e", choice, norm * gates)
+        optional["output_norm"] = (choice * norm[:, :, None]).sum(axis=(0, 1))
+        optional["gated_output_norm"] = (choice * (norm * gates)[:, :, None]).sum(axis=(0, 1))
         optional["output_sum"] = jnp.einsum(
             "tke,tkd->ed", choice, flat, precision=jax.lax.Precision.HIGHEST
         )
@@ -389,7 +389,9 @@ def merge_statistics(paths: Sequence[str | os.PathLike[str]]) -> RouterStatistic
     for path in paths[1:]:
         more = RouterStatistics.load(path)
         if more.hash in hashes:
-            raise InputError(f"{path}: Statistics to merge must differ, got a copy of another file.")
+            raise InputError(
+                f"{path}: Statistics to merge must differ, got a copy of another file."
+            )
         hashes.add(more.hash)
         try:
             total = total + more

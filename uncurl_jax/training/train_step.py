@@ -20,7 +20,7 @@ from uncurl_jax.models.decoder import (
     moe_metrics,
     select_targets,
 )
-from uncurl_jax.training import losses, optimizer
+from uncurl_jax.training import distillation, losses, optimizer
 
 
 class TrainState(NamedTuple):
@@ -35,6 +35,18 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Params
     opt_state: Any
+
+
+class BatchTotals(NamedTuple):
+    """What the sums over the parts of a batch are divided by.
+
+    Attributes:
+      weight: float32 scalar, of the loss's tokens.
+      tokens: float32 scalar, number of real tokens.
+    """
+
+    weight: jax.Array
+    tokens: jax.Array
 
 
 def new_state(params: Params, config: TrainConfig) -> TrainState:
@@ -103,11 +115,15 @@ def make_train_step(
     mesh: Mesh | None = None,
     num_groups: int | None = None,
     target_length: int | None = None,
-) -> Callable[[TrainState, Any, int], tuple[TrainState, dict[str, jax.Array]]]:
+    teacher: distillation.Teacher | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the compiled step (state, batch, seed) -> (state, metrics); the state is donated.
 
     Stages that differ in seed alone share one compiled program. If the weighted targets of every
     row lie within `target_length` places, logits are computed there alone; the loss is the same.
+    With a `teacher` the step takes its parameters as a fourth argument, on the same mesh; they are
+    neither changed nor donated. The teacher runs as in evaluation: without jitter, and with its
+    evaluation capacity.
     """
     return _compiled_step(
         model,
@@ -118,6 +134,7 @@ def make_train_step(
         mesh,
         num_groups,
         target_length,
+        teacher,
     )
 
 
@@ -131,12 +148,30 @@ def _compiled_step(
     mesh,
     num_groups,
     target_length,
+    teacher,
 ):
     decoder = Decoder(model, mesh, num_groups)
+    # Router logits are observed if they are compared.
+    has_router_term = teacher is not None and bool(teacher.clusters)
+    mutable = ["intermediates", *(["router_observations"] if has_router_term else [])]
     transformation = optimizer.make_optimizer(optimizer_config, num_steps, trainable)
     schedule = optimizer.learning_rate_schedule(optimizer_config, num_steps)
 
-    def loss_of_part(params: Params, part: Any, total_weight: jax.Array, key: jax.Array):
+    def teach(
+        spec: distillation.Teacher, teacher_params: Params, part: Any, window: jax.Array | None
+    ) -> distillation.Observed:
+        logits, sown = Decoder(spec.model, mesh, num_groups).apply(
+            {"params": jax.lax.stop_gradient(teacher_params)},
+            part.inputs,
+            part.mask,
+            logit_positions=window,
+            mutable=mutable[1:],
+        )
+        return distillation.observed(logits, sown, spec.model)
+
+    def loss_of_part(
+        params: Params, part: Any, totals: BatchTotals, key: jax.Array, teacher_params: Any
+    ):
         """Loss of one part of the batch; the parts' losses and gradients add up."""
         window, targets, weights = select_targets(part, target_length)
         logits, sown = decoder.apply(
@@ -145,25 +180,40 @@ def _compiled_step(
             part.mask,
             is_training=True,
             logit_positions=window,
-            mutable=["intermediates"],
+            mutable=mutable,
             rngs={"jitter": key},
         )
         tokens = losses.token_loss(logits, targets, weights)
         metrics = moe_metrics(sown.get("intermediates", {}))
         metrics = {name: value / accumulation for name, value in metrics.items()}
-        cross_entropy = tokens.cross_entropy / total_weight
+        cross_entropy = tokens.cross_entropy / totals.weight
         loss = cross_entropy + metrics["auxiliary_loss"] + metrics["router_z_loss"]
         metrics["cross_entropy"] = cross_entropy
-        metrics["token_accuracy"] = tokens.correct / total_weight
+        metrics["token_accuracy"] = tokens.correct / totals.weight
+        if teacher is not None:
+            sums = distillation.terms(
+                distillation.observed(logits, sown, model),
+                teach(teacher, teacher_params, part, window),
+                weights,
+                part.mask,
+                spec=teacher,
+                model=model,
+            )
+            added = distillation.weighted(sums, totals.weight, totals.tokens, teacher.weights)
+            loss += added.loss
+            metrics |= added.metrics
         return loss, metrics
 
     gradient = jax.value_and_grad(loss_of_part, has_aux=True)
 
-    def step(state: TrainState, batch: Any, seed: jax.Array):
+    def step(state: TrainState, batch: Any, seed: jax.Array, teacher_params: Any = None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        total_weight = jnp.maximum(batch.weights.sum(), 1.0)
+        totals = BatchTotals(
+            jnp.maximum(batch.weights.sum(), 1.0),
+            jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0),
+        )
         if accumulation == 1:
-            (loss, metrics), grads = gradient(state.params, batch, total_weight, key)
+            (loss, metrics), grads = gradient(state.params, batch, totals, key, teacher_params)
         else:
             parts = jax.tree.map(
                 # Part i takes rows i, i + n, ...: each device keeps rows of every part.
@@ -173,14 +223,15 @@ def _compiled_step(
 
             def add_part(carry: Any, indexed_part: Any):
                 index, part = indexed_part
-                out = gradient(state.params, part, total_weight, jax.random.fold_in(key, index))
+                part_key = jax.random.fold_in(key, index)
+                out = gradient(state.params, part, totals, part_key, teacher_params)
                 return jax.tree.map(jnp.add, carry, out), None
 
             indexed = (jnp.arange(accumulation), parts)
             first = jax.tree.map(lambda a: a[0], indexed)
             zeros = jax.tree.map(
                 lambda a: jnp.zeros(a.shape, a.dtype),
-                jax.eval_shape(gradient, state.params, first[1], total_weight, key),
+                jax.eval_shape(gradient, state.params, first[1], totals, key, teacher_params),
             )
             ((loss, metrics), grads), _ = jax.lax.scan(add_part, zeros, indexed)
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)

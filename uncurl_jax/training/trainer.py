@@ -34,7 +34,7 @@ from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
 from uncurl_jax.models.decoder import count_parameters, init_params
 from uncurl_jax.partitioning import check_batch_size, make_mesh, place_batch
-from uncurl_jax.training import throughput, train_step
+from uncurl_jax.training import distillation, throughput, train_step
 
 _RUN_FILE = "train_config.json"
 _SUMMARY_FILE = "train_summary.json"
@@ -68,8 +68,17 @@ class _Run(NamedTuple):
     length: int
     mesh: Mesh | None
     initial: layout.CheckpointPath | None
+    teacher: _GivenTeacher | None
     record: dict[str, Any]
     out: Path
+
+
+class _GivenTeacher(NamedTuple):
+    """A teacher after it was checked."""
+
+    checkpoint: layout.CheckpointPath
+    spec: distillation.Teacher
+    record: dict[str, str]
 
 
 def is_finished(out: str | os.PathLike[str]) -> bool:
@@ -83,6 +92,7 @@ def train(
     cache: str | os.PathLike[str],
     out: str | os.PathLike[str],
     initial_checkpoint: str | os.PathLike[str] | None = None,
+    teacher: str | os.PathLike[str] | None = None,
     stop_after_step: int | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -98,6 +108,7 @@ def train(
         train_config.json, metrics.jsonl, tensorboard/ and, once finished, train_summary.json
         beside the checkpoints.
       initial_checkpoint: parameters to begin with; the optimizer begins fresh.
+      teacher: checkpoint that `config.distillation` learns from, usually the unpruned one.
       stop_after_step: stop early after a checkpoint at this step, as a preemption would.
       quiet: no progress bar.
 
@@ -113,7 +124,7 @@ def train(
             f"A training run appends to files in its output, so that must be on a file system that "
             f"all processes share, got {out}: mount the bucket and give its path."
         )
-    run = _check(config, Path(cache), Path(out), initial_checkpoint)
+    run = _check(config, Path(cache), Path(out), initial_checkpoint, teacher)
     is_first_process = jax.process_index() == 0
     with store.CheckpointStore(
         run.out,
@@ -140,7 +151,11 @@ def train(
 
 
 def _check(
-    config: TrainConfig, cache_path: Path, out: Path, initial: str | os.PathLike[str] | None
+    config: TrainConfig,
+    cache_path: Path,
+    out: Path,
+    initial: str | os.PathLike[str] | None,
+    teacher_path: str | os.PathLike[str] | None,
 ) -> _Run:
     """Checks everything that can be wrong before any work, and writes nothing."""
     cache = TokenCache.open(cache_path)
@@ -192,6 +207,9 @@ def _check(
     )
     mesh = mesh if mesh.size > 1 else None
     check_batch_size(config.batch_size, mesh)
+    teacher = _check_teacher(config, teacher_path, model, initial_path, cache, length)
+    if teacher is not None:
+        provenance["teacher"] = teacher.record
     # Checks its arguments at once; the batches themselves are made later.
     _train_batches(config, cache, length, start_step=0)
     # The configuration as given; the model is recorded apart because it may come from a checkpoint.
@@ -202,6 +220,7 @@ def _check(
         "length": length,
         "vocabulary": vocabulary,
         "provenance": provenance,
+        **({} if teacher is None else {"teacher": teacher.record}),
     }
     record = json.loads(json.dumps(record))
     if is_finished(out):
@@ -222,7 +241,40 @@ def _check(
             f"An output must be new or an unfinished run, got {out} which holds a checkpoint of "
             "something else: choose another --out."
         )
-    return _Run(config, model, cache, length, mesh, initial_path, record, out)
+    return _Run(config, model, cache, length, mesh, initial_path, teacher, record, out)
+
+
+def _check_teacher(
+    config: TrainConfig,
+    path: str | os.PathLike[str] | None,
+    model: ModelConfig,
+    initial: layout.CheckpointPath | None,
+    cache: TokenCache,
+    length: int,
+) -> _GivenTeacher | None:
+    if (config.distillation is None) != (path is None):
+        given, missing = "a teacher", "config.distillation"
+        if path is None:
+            given, missing = missing, given
+        raise InputError(
+            f"Distillation needs a teacher and TrainConfig.distillation, got {given} without "
+            f"{missing}: give --teacher with gin/runs/distill.gin, or neither."
+        )
+    if config.distillation is None or path is None:
+        return None
+    checkpoint = layout.resolve(path)
+    fingerprint = layout.fingerprint(checkpoint)
+    spec = distillation.check_teacher(
+        checkpoint,
+        fingerprint,
+        config.distillation,
+        model=model,
+        initial=initial,
+        cache=cache,
+        length=length,
+    )
+    record = {"path": str(checkpoint), "fingerprint": fingerprint}
+    return _GivenTeacher(checkpoint, spec, record)
 
 
 def _train_batches(
@@ -279,13 +331,15 @@ def _loop(
         config,
         run.mesh,
         target_length=run.cache.target_length,
+        teacher=None if run.teacher is None else run.teacher.spec,
     )
+    taught = () if run.teacher is None else (load_model(run.teacher.checkpoint, run.mesh).params,)
     batches = _train_batches(config, run.cache, run.length, start_step=begin)
     every = config.save_every_steps
     try:
         for step in range(begin + 1, end + 1):
             batch = place_batch(next(batches), run.mesh)
-            state, metrics = step_function(state, batch, config.seed)
+            state, metrics = step_function(state, batch, config.seed, *taught)
             is_saved = step == end or bool(every and step % every == 0)
             # What is saved was seen to be finite, and a resumed run finds a line for its step.
             log.add(step, metrics, is_due=is_saved or step % config.log_every_steps == 0)
