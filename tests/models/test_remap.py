@@ -122,15 +122,17 @@ def test_pruned_copies_with_the_old_router_are_the_unpruned_model(copied_params,
     assert plan.layers[0].cluster_sizes == (2, 2, 2)
     pruned = prune_layer(plan, 0, moe["router"]["kernel"], moe["experts"], init_stddev=0.02)
     assert pruned.router.tobytes() == moe["router"]["kernel"].tobytes()
-    after = {"router": {"kernel": pruned.router}, "experts": pruned.experts}
+    merged = {"router": {"kernel": pruned.router}, "experts": pruned.experts}
     remapped = dataclasses.replace(config, num_experts=plan.num_experts, expert_map=plan.expert_map)
-    pruned_params = {**params, "layers_0": {**params["layers_0"], "moe": after}}
+    pruned_params = {**params, "layers_0": {**params["layers_0"], "moe": merged}}
     tokens = np.random.default_rng(4).integers(0, 32, (4, 8)).astype(np.int32)
-    logits = [
-        jax.jit(lambda p, model=Decoder(c): model.apply({"params": p}, tokens))(values)
-        for c, values in ((config, params), (remapped, pruned_params))
-    ]
-    np.testing.assert_allclose(logits[1], logits[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+    def logits(config: ModelConfig, params: Any) -> np.ndarray:
+        model = Decoder(config)
+        return np.asarray(jax.jit(lambda params: model.apply({"params": params}, tokens))(params))
+
+    before, after = logits(config, params), logits(remapped, pruned_params)
+    np.testing.assert_allclose(after, before, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_merged_experts_with_the_old_router_use_the_old_gates(random_params):

@@ -143,7 +143,7 @@ def test_statistics_of_two_halves_add_up_to_the_whole():
 
     def part(rows):
         sums = np.where(real, every, 0.0)[rows].sum(axis=(0, 1))
-        return layer_statistics(*(array[rows] for array in arrays), sums)
+        return layer_statistics(*(array[rows] for array in arrays), all_output_sum=sums)
 
     halves = [part(rows) for rows in (slice(2), slice(2, 4))]
     total = jax.tree.map(jnp.add, *halves)

@@ -155,7 +155,7 @@ class _Source:
         pieces: Sequence[Piece],
         seconds: Seconds,
     ):
-        self._checkpoint = reader.checkpoint
+        self._reader = reader
         self._seconds = seconds
         self._arrays = reader.stream(
             (key, index)
@@ -171,13 +171,9 @@ class _Source:
             start = time.monotonic()
             array = next(self._arrays)
             self._seconds.read += time.monotonic() - start
-            count = int(array.size - np.count_nonzero(np.isfinite(array)))
-            if count:
-                name = key.removeprefix(f"{layout.TARGET}/")
-                raise InputError(
-                    f"All parameters must be finite, got NaN or infinity in {self._checkpoint}: "
-                    f"{layout.NonFinite(name, index, count)}; use an earlier step."
-                )
+            if not np.isfinite(array).all():
+                # Raises, and names every parameter and expert that is not finite.
+                layout.check_finite(self._reader)
             arrays[key if index is None else key.rsplit("/", 1)[1]] = array
         return arrays
 

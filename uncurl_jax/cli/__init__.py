@@ -176,7 +176,7 @@ def _add_model_commands(command: Any) -> None:
     sub = command("prune", "Carry out a plan: checkpoint in, smaller checkpoint out.")
     sub.add_argument("--checkpoint", required=True)
     sub.add_argument("--plan", required=True)
-    sub.add_argument("--workers", type=int, help="processes for the alignment (default 0)")
+    sub.add_argument("--workers", type=int, help="processes for the alignment; chosen if not given")
     sub.add_argument("--out", required=True)
 
     sub = command("evaluate", "Score a checkpoint on a task.")

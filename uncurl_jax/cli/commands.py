@@ -22,7 +22,10 @@ _STUDY_MODULES = ("uncurl_jax.config", "uncurl_jax.experiments.study")
 GIN_MODULES: dict[str, tuple[str, ...]] = {
     "cache": ("uncurl_jax.data.token_cache",),
     "train": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
-    "calibrate": ("uncurl_jax.evaluation.calibration",),
+    "calibrate": (
+        "uncurl_jax.evaluation.calibration",
+        "uncurl_jax.evaluation.layerwise_calibration",
+    ),
     "merge-statistics": (),
     "plan": ("uncurl_jax.pruning.plan",),
     "inspect-plan": (),

@@ -330,19 +330,20 @@ def calibrate_checkpoint(
     out = refuse_existing(out)
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise InputError(f"A shard i/n must have 0 <= i < n, got {shard[0]}/{shard[1]}.")
+    partial = out.with_name(f".{out.name}.resume.npz")
+    is_resumed = partial.exists()
     path = layout.resolve(checkpoint)
     config = path.model_config()
     check_request(
         path,
         config,
         cache,
-        inputs_out=inputs_out,
+        # A kill may have come between the two files of this calibration.
+        inputs_out=None if is_resumed else inputs_out,
         max_batches=max_batches,
         collect=collect,
         sample_tokens=sample_tokens,
     )
-    partial = out.with_name(f".{out.name}.resume.npz")
-    is_resumed = partial.exists()
     length = row_length(config, cache)
     mesh = make_mesh(expert_partitions=expert_partitions, model_partitions=model_partitions)
     mesh = mesh if mesh.size > 1 else None

@@ -405,18 +405,13 @@ class _Runner:
         return path
 
     @property
-    def _alignment_workers(self) -> int:
-        """Processes for alignment: none for small experts, which take less than their start."""
-        return (os.cpu_count() or 1) if self._config.model.mlp_dim >= 1024 else 0
-
-    @property
     def _eval_capacity_factor(self) -> float | None:
         return self._config.model.eval_capacity_factor
 
     def _pruned(self, source: Path, plan: Path, home: Path) -> Path:
         out = home / "pruned"
         if not out.exists():
-            prune_checkpoint(source, PruningPlan.load(plan), out, workers=self._alignment_workers)
+            prune_checkpoint(source, PruningPlan.load(plan), out)
         return out
 
     def _metrics(self, item: WorkItem, checkpoint: Path, path: Path) -> Path:
