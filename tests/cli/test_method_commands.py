@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -38,6 +41,8 @@ def made(world, run_all, tmp_path_factory):
         "inspect": "inspect-plan fit.json --picture fit.html",
         "prune": f"prune --checkpoint {world['pretrained']} --plan fit.json --out pruned",
         "verify": "verify pruned",
+        "other": f"{PLAN} --router reinit --seed 3 --out other.json",
+        "prune 3": f"prune --checkpoint {world['pretrained']} --plan other.json --out other",
         "remap": f"{PLAN} --router remap --out remap.json",
         "prune remap": f"prune --checkpoint {world['pretrained']} --plan remap.json --out wide",
         "evaluate remap": f"evaluate --checkpoint wide --task {world['caches']}/topic --out m.json",
@@ -110,6 +115,20 @@ def test_a_pruned_checkpoint_is_verified(made):
     assert layout.resolve(directory / "pruned").model_config().num_experts == (2, 2)
 
 
+def test_a_changed_array_is_named_with_status_1(made, run_alone, tmp_path):
+    """The second plan's checkpoint says that it was made by the first plan."""
+    directory, done = made
+    assert done["prune 3"].status == 0, done["prune 3"].err
+    provenance = json.loads((directory / "pruned" / "provenance.json").read_text())
+    changed = tmp_path / "changed"
+    shutil.copytree(directory / "other", changed)
+    (changed / "provenance.json").write_text(json.dumps(provenance))
+    refused = run_alone(tmp_path, "verify", "changed")
+    assert refused.status == 1
+    result = json.loads(refused.out)
+    assert not result["verified"] and result["difference"]
+
+
 def test_a_remapped_checkpoint_keeps_its_wide_router_and_is_evaluated(made):
     directory, done = made
     assert done["evaluate remap"].status == 0, done["evaluate remap"].err
@@ -151,9 +170,9 @@ def test_a_total_that_no_division_meets_is_refused(made, refuse):
 def test_statistics_that_do_not_add_up_are_refused(made, refuse, world):
     first = str(made[0] / "shard0.npz")
     refuse("must be different files", "merge-statistics", first, first, "--out", "new.npz")
-    refuse("must be merged, got 0/2 where 0/2, 1/2 are", "merge-statistics", first, "--out", "new.npz")
-    sentence = "Statistics can be combined only if their manifests agree"
-    refuse(sentence, "merge-statistics", first, world["statistics.npz"], "--out", "new.npz")
+    refuse("got 0/2 where 0/2, 1/2 are its shards", "merge-statistics", first, "--out", "new.npz")
+    whole = world["statistics.npz"]
+    refuse("must be its shards, got a whole", "merge-statistics", first, whole, "--out", "new.npz")
 
 
 def test_calibration_options_that_do_not_fit_are_refused(world, refuse):

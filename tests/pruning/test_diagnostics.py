@@ -274,6 +274,20 @@ def test_members_of_opposite_sign_cancel(reference, pair_plan):
     assert found["similarity_identity"] is None and found["similarity_aligned"] is None
 
 
+def test_gate_projections_count_in_the_norm(reference, pair_plan):
+    # Members that differ in the sign of wg alone keep the norms of wi and wo.
+    def other_gate(expert, z):
+        return {name: (-1 if name == "wg" else 1) * array for name, array in expert.items()}
+
+    experts = paired_experts(reference, True, other_gate)
+    found = measure_layer(pair_plan(alignment="none"), 0, np.zeros((EMBED, 4)), experts, SETTINGS)
+    squares = [
+        {name: np.square(experts[name][z]).sum() for name in ("wi", "wg", "wo")} for z in (0, 2)
+    ]
+    expected = [np.sqrt((s["wi"] + s["wo"]) / sum(s.values())) for s in squares]
+    assert found["norm_ratio"] == pytest.approx(expected, rel=TOLERANCE)
+
+
 def test_unrelated_members_shrink_by_the_root_of_two(reference, pair_plan):
     # |(a + b) / 2| of unrelated a, b of equal norm is |a| / sqrt(2).
     generator = np.random.default_rng(6)

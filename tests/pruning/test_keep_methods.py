@@ -58,11 +58,11 @@ def test_router_norm_with_a_base_router_keeps_the_largest_changes(reference):
 
 
 def outputs(reference):
-    """Sums of norms 6, 2, 9, 0 and of gated norms 3, 2, 4.5, 0 over 3, 1, 9, 0 tokens."""
+    """Sums of norms 6, 5, 9, 0 and of gated norms 3, 2, 2.7, 0 over 3, 1, 9, 0 tokens."""
     return reference.fixed_statistics(
         [3, 1, 9, 0],
-        output_norm=[6.0, 2.0, 9.0, 0.0],
-        gated_output_norm=[3.0, 2.0, 4.5, 0.0],
+        output_norm=[6.0, 5.0, 9.0, 0.0],
+        gated_output_norm=[3.0, 2.0, 2.7, 0.0],
         output_sum=np.zeros((4, 2)),
     )
 
@@ -73,7 +73,7 @@ def test_ean_keeps_the_largest_sums_of_output_norms(reference):
 
 
 def test_reap_keeps_the_largest_mean_gated_output_norms(reference):
-    # Means 3/3 = 1, 2/1 = 2, 4.5/9 = 0.5; an expert without tokens has 0.
+    # Means 3/3 = 1, 2/1 = 2, 2.7/9 = 0.3; an expert without tokens has 0.
     assert kept("reap", outputs(reference), 1) == [1]
     assert kept("reap", outputs(reference), 2) == [0, 1]
     assert kept("reap", outputs(reference), 3) == [2, 0, 1]

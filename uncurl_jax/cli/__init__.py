@@ -193,6 +193,7 @@ def _add_model_commands(command: Any) -> None:
     sub = command("verify", "Replay a pruned checkpoint's plan and compare every array.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
     sub.add_argument("--source", help="the unpruned checkpoint, if it was moved")
+    sub.add_argument("--workers", type=int, help="processes for the alignment; chosen if not given")
 
     sub = command("inspect", "Describe a checkpoint: layers, experts, parameters, bytes, origin.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -281,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, sentence)
     if result is not None:
         print(json.dumps(result))
-    return 0
+    has_failed = commands.HAS_FAILED.get(name)
+    return int(has_failed is not None and result is not None and has_failed(result))
 
 
 def _fail(name: str, message: str) -> int:

@@ -63,6 +63,25 @@ def _initialize_distributed(options: Options) -> None:
     jax.distributed.initialize(**given)
 
 
+@contextlib.contextmanager
+def _progress(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields show(done, total) of a progress bar with remaining time.
+
+    The delay keeps an empty bar from standing before the sentence about a wrong input.
+    """
+    from tqdm import tqdm
+
+    with tqdm(desc=name, file=sys.stderr, unit=unit, delay=1.0) as bar:
+
+        def show(done: int, total: int) -> None:
+            if bar.total is None:
+                # What an interrupted run had done says nothing about speed.
+                bar.total, bar.initial, bar.n = total, done, done
+            bar.update(done - bar.n)
+
+        yield show
+
+
 def _only_first_process(result: Any) -> Any:
     import jax
 
@@ -270,8 +289,6 @@ def merge_statistics(options: Options) -> Any:
 
 def plan(options: Options) -> Any:
     """`uncurl plan`."""
-    from tqdm import tqdm
-
     from uncurl_jax.pruning import plan as plan_lib
     from uncurl_jax.pruning.router_inputs import RouterInputs
     from uncurl_jax.pruning.statistics import RouterStatistics
@@ -291,12 +308,7 @@ def plan(options: Options) -> Any:
         options["eval_capacity_factor"] = factor
     result = configured(plan_lib.make_plan)(statistics, **options)
     if is_diagnosed and weights is not None:
-        with tqdm(desc="diagnose", file=sys.stderr, unit="layer", delay=1.0) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with _progress("diagnose", "layer") as show:
             result = weights.measure(
                 result, options.get("router_inputs"), workers=workers, progress=show
             )
@@ -347,13 +359,17 @@ def verify(options: Options) -> Any:
     """`uncurl verify`."""
     from uncurl_jax.checkpoints.verify import verify_checkpoint
 
-    return verify_checkpoint(options["checkpoint"], options.get("source"))
+    with _progress("verify", "piece") as show:
+        return verify_checkpoint(
+            options["checkpoint"],
+            options.get("source"),
+            workers=options.get("workers"),
+            progress=lambda _, done, total: show(done, total),
+        )
 
 
 def prune(options: Options) -> Any:
     """`uncurl prune`."""
-    from tqdm import tqdm
-
     from uncurl_jax.checkpoints import transform
     from uncurl_jax.pruning.plan import PruningPlan
 
@@ -362,15 +378,15 @@ def prune(options: Options) -> Any:
     out = out if "://" in out else os.path.abspath(_new_output(out))
     pruning_plan = PruningPlan.load(options.pop("plan"))
     source = options.pop("checkpoint")
-    with tqdm(desc="prune", file=sys.stderr, unit="step", delay=1.0) as bar:
-
-        def show(stage: str, done: int, total: int) -> None:
-            bar.set_description(f"prune: {stage}", refresh=False)
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _progress("prune", "piece") as show:
         run = configured(transform.prune_checkpoint)
-        return run(source, pruning_plan, out, progress=show, **options)
+        return run(
+            source,
+            pruning_plan,
+            out,
+            progress=lambda _, done, total: show(done, total),
+            **options,
+        )
 
 
 def evaluate(options: Options) -> Any:
@@ -446,6 +462,11 @@ def quickstart(options: Options) -> Any:
         "headline": result["headline"],
     }
 
+
+# Commands whose work can end well and yet say no: exit status 1 if the function is true.
+HAS_FAILED: dict[str, Callable[[Any], bool]] = {
+    "verify": lambda result: not result["verified"],
+}
 
 COMMANDS: dict[str, Callable[[Options], Any]] = {
     "cache": cache,

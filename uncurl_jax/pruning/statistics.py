@@ -393,6 +393,13 @@ def merge_statistics(paths: Sequence[str | os.PathLike[str]]) -> RouterStatistic
                 f"{path}: Statistics to merge must differ, got a copy of another file."
             )
         hashes.add(more.hash)
+        for statistics in (total, more):
+            # Made from a token cache, and the manifests must agree: these are the same tokens.
+            if "cache_hash" in statistics.manifest and "shards" not in statistics.manifest:
+                raise InputError(
+                    f"{path}: Statistics of one token cache that are merged must be its shards, "
+                    "got a whole calibration, whose tokens would count twice: use it as it is."
+                )
         try:
             total = total + more
         except InputError as error:
