@@ -32,6 +32,8 @@ class StudyConfig:
       routers: router treatments, see `uncurl_jax.pruning.router`.
       layer_methods: methods of the MoE layers in order, for the method "composite".
       seeds: one run of everything but pretraining for each.
+      prunes_finetuned: whether what is pruned is the unpruned model after fine-tuning on the task,
+        as someone who has such a checkpoint would do, and not the pretrained one as in the paper.
       has_zero_shot: whether every model is also evaluated before it is trained on the task (a
         pruned one right after the prune).
       has_scratch: whether models of the target counts are trained from scratch.
@@ -61,6 +63,7 @@ class StudyConfig:
     routers: tuple[str, ...] = ("reference",)
     layer_methods: tuple[str, ...] | None = None
     seeds: tuple[int, ...] = (0,)
+    prunes_finetuned: bool = False
     has_zero_shot: bool = False
     has_scratch: bool = True
     affinity: str = "cosine"

@@ -48,7 +48,7 @@ from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.calibration import calibrate_checkpoint
 from uncurl_jax.evaluation.evaluator import evaluate_checkpoint
 from uncurl_jax.experiments import study
-from uncurl_jax.experiments.study import PRUNED, StudyConfig, WorkItem, task_name
+from uncurl_jax.experiments.study import PRUNED, UNPRUNED, StudyConfig, WorkItem, task_name
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh
 from uncurl_jax.pruning.affinity import AFFINITIES
 from uncurl_jax.pruning.choices import require_choice
@@ -249,7 +249,7 @@ class _Runner:
             return path
 
         home = self._directory / "runs" / item.run
-        checkpoint = timed("pretrain", lambda: self._pretrained(item.pretrained_num_experts))
+        checkpoint = timed("pretrain", lambda: self._source(item))
         plan = zero_shot = None
         untrained = checkpoint
         if item.kind == PRUNED:
@@ -281,6 +281,8 @@ class _Runner:
 
     def remove_checkpoints(self, item: WorkItem) -> None:
         """Removes what `keep_checkpoints` False does not keep of a recorded run."""
+        if self._config.prunes_finetuned and item.kind == UNPRUNED:
+            return
         for name in ("pruned", "warmed_up", "finetuned"):
             shutil.rmtree(self._directory / "runs" / item.run / name, ignore_errors=True)
 
@@ -331,6 +333,22 @@ class _Runner:
         stage = dataclasses.replace(self._config.pretrain, model=model)
         return self._finish_training(stage, self._cache(task_name(self._config.corpus)), out, None)
 
+    def _source(self, item: WorkItem) -> Path:
+        """Returns what a model of the study begins with."""
+        pretrained = self._pretrained(item.pretrained_num_experts)
+        if item.kind != PRUNED or not self._config.prunes_finetuned:
+            return pretrained
+        unpruned = dataclasses.replace(
+            item, kind=UNPRUNED, num_experts=item.pretrained_num_experts, method=None, router=None
+        )
+        home = self._directory / "runs" / unpruned.run
+        return self._trained(self._config.finetune, unpruned, pretrained, home / "finetuned")
+
+    def _calibration_file(self, item: WorkItem, suffix: str) -> Path:
+        folder = self._directory / "calibration" / f"{item.pretrained_num_experts}_experts"
+        seed = f"-seed{item.seed}" if self._config.prunes_finetuned else ""
+        return folder / f"{item.task}{seed}{suffix}"
+
     def _trained(self, stage: TrainConfig, item: WorkItem, initial: Path, out: Path) -> Path:
         stage = dataclasses.replace(stage, seed=item.seed)
         return self._finish_training(stage, self._cache(item.task), out, initial)
@@ -345,13 +363,12 @@ class _Runner:
         return out
 
     def _statistics(self, item: WorkItem) -> Path:
-        count = item.pretrained_num_experts
-        path = self._directory / "calibration" / f"{count}_experts" / f"{item.task}.npz"
+        path = self._calibration_file(item, ".npz")
         if not path.exists():
             # A kill between the two files of a calibration leaves inputs without statistics.
             self._router_inputs(item).unlink(missing_ok=True)
             calibrate_checkpoint(
-                self._pretrained(count),
+                self._source(item),
                 TokenCache.open(self._cache(item.task) / "train"),
                 out=path,
                 batch_size=self._config.calibration_batch_size,
@@ -375,8 +392,7 @@ class _Runner:
         return "fit" in self._config.routers
 
     def _router_inputs(self, item: WorkItem) -> Path:
-        folder = self._directory / "calibration" / f"{item.pretrained_num_experts}_experts"
-        return folder / f"{item.task}.inputs.npz"
+        return self._calibration_file(item, ".inputs.npz")
 
     def _plan(self, item: WorkItem, statistics: Path, home: Path) -> Path:
         path = home / FILE_NAME
@@ -398,7 +414,7 @@ class _Runner:
                 and router not in ("reinit", "remap"),
                 eval_capacity_factor=factor,
                 seed=item.seed,
-                weights=CheckpointWeights(self._pretrained(item.pretrained_num_experts)),
+                weights=CheckpointWeights(self._source(item)),
                 router_inputs=inputs,
             )
             plan.save(path)
