@@ -93,8 +93,8 @@ def change_manifest(header, arrays):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_version, "whole router inputs file of format version 1"),
-        (change_format, "whole router inputs file of format version 1"),
+        (change_version, "must be of format version 1, got "),
+        (change_format, "must be a whole router inputs file"),
         (change_array, "must match the hash stored in it"),
         (change_manifest, "must match the hash stored in it"),
         (drop_layer, "must match the hash stored in it"),

@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
+from uncurl_jax.pruning.array_file import check_hash, read_arrays, write_arrays
 
 FORMAT = "uncurl_jax router inputs"
 FORMAT_VERSION = 1
@@ -87,10 +86,8 @@ class RouterInputs:
             "hash": self.hash,
             "manifest": self.manifest,
         }
-        text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
-        arrays: dict[str, Any] = {f"layers_{layer}": array for layer, array in self.layers.items()}
-        with artifacts.atomic_file(path) as partial, partial.open("wb") as stream:
-            np.savez(stream, header=text, **arrays)
+        arrays = {f"layers_{layer}": array for layer, array in self.layers.items()}
+        write_arrays(path, arrays, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RouterInputs:
@@ -99,16 +96,15 @@ class RouterInputs:
         Raises:
           InputError: If the file is missing, is something else, or is damaged.
         """
-        header, arrays = _read(Path(path))
+        header, arrays = read_arrays(
+            path, file_format=FORMAT, version=FORMAT_VERSION, name="router inputs"
+        )
         try:
             layers = {int(name.removeprefix("layers_")): array for name, array in arrays.items()}
             inputs = cls(layers, header["manifest"])
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        if inputs.hash != header.get("hash"):
-            raise InputError(
-                f"{path} must match the hash stored in it, got another content: calibrate again."
-            )
+        check_hash(path, header, inputs.hash)
         return inputs
 
 
@@ -134,22 +130,3 @@ def sample_tokens(
         layer: np.asarray(array, np.float32).reshape(-1, array.shape[-1])[places]
         for layer, array in layers.items()
     }
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    if not path.is_file():
-        raise InputError(
-            f"A router inputs file must exist, got {path}: run calibration with it first."
-        )
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        if header["format"] != FORMAT or header["format_version"] != FORMAT_VERSION:
-            raise ValueError(header["format"])
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile):
-        raise InputError(
-            f"{path} must be a whole router inputs file of format version {FORMAT_VERSION}, got "
-            "something else: run calibration again."
-        ) from None
-    return header, arrays

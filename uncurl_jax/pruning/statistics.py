@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 import uncurl_jax
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
+from uncurl_jax.pruning.array_file import check_hash, read_arrays, write_arrays
 
 FORMAT = "uncurl_jax router statistics"
 FORMAT_VERSION = 2
@@ -323,10 +323,7 @@ class RouterStatistics:
             "hash": self.hash,
             "manifest": self.manifest,
         }
-        text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
-        arrays: dict[str, Any] = {"header": text, **self._arrays()}
-        with artifacts.atomic_file(path) as partial, partial.open("wb") as stream:
-            np.savez(stream, **arrays)
+        write_arrays(path, self._arrays(), header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RouterStatistics:
@@ -337,12 +334,9 @@ class RouterStatistics:
             damaged, not finite (naming layer and expert) or without tokens.
         """
         path = Path(path)
-        header, arrays = _read_npz(path)
-        if header.get("format_version") != FORMAT_VERSION:
-            raise InputError(
-                f"{path} must be of format version {FORMAT_VERSION}, got "
-                f"{header.get('format_version')}: calibrate again with this version."
-            )
+        header, arrays = read_arrays(
+            path, file_format=FORMAT, version=FORMAT_VERSION, name="router statistics"
+        )
         layers: dict[int, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
             layer, _, field = name.removeprefix("layers_").partition("/")
@@ -357,10 +351,7 @@ class RouterStatistics:
             statistics = cls(built, header["manifest"])
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        if statistics.hash != header.get("hash"):
-            raise InputError(
-                f"{path} must match the hash stored in it, got another content: calibrate again."
-            )
+        check_hash(path, header, statistics.hash)
         return statistics
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -414,24 +405,6 @@ def merge_statistics(paths: Sequence[str | os.PathLike[str]]) -> RouterStatistic
                 f"{', '.join(sorted(whole))} are its shards: give their files and no others."
             )
     return total
-
-
-def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the header and the other arrays of a statistics file, or raises InputError."""
-    if not path.is_file():
-        raise InputError(f"A router statistics file must exist, got {path}: run calibration first.")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        if header["format"] != FORMAT:
-            raise ValueError(header["format"])
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile):
-        raise InputError(
-            f"{path} must be a whole router statistics file (.npz written by calibration), got "
-            "something else: run calibration again."
-        ) from None
-    return header, arrays
 
 
 def require_manifest(manifest: Mapping[str, Any]) -> None:
