@@ -52,6 +52,7 @@ def spectral_clustering(
     seed: int,
     frequency: npt.ArrayLike,
     assign_labels: str = "kmeans",
+    num_starts: int = NUM_STARTS,
 ) -> np.ndarray:
     """Groups the experts into exactly D non-empty clusters.
 
@@ -65,6 +66,7 @@ def spectral_clustering(
       seed: seed of the k-means++ starts.
       frequency: [expert] >= 0, how often each expert is selected; orders the clusters.
       assign_labels: "kmeans", or "cluster_qr", which needs no seed.
+      num_starts: k-means++ restarts, of which the best counts.
 
     Returns:
       [expert] int64 in [0, D), canonical: see `canonical_labels`.
@@ -85,7 +87,7 @@ def spectral_clustering(
     if assign_labels == "cluster_qr":
         found = _cluster_qr(embedding)
     else:
-        found = _kmeans(embedding, num_clusters, seed)
+        found = _kmeans(embedding, num_clusters, seed, num_starts)
     labels = np.empty(num_experts, np.int64)
     labels[order] = _fill_empty(embedding, found, num_clusters)
     return canonical_labels(labels, frequency)
@@ -220,7 +222,7 @@ def _normalized_laplacian(A: np.ndarray) -> np.ndarray:
     return laplacian
 
 
-def _kmeans(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
+def _kmeans(points: np.ndarray, num_clusters: int, seed: int, num_starts: int) -> np.ndarray:
     # Imported here: the alignment workers import this package and need no scikit-learn.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -230,7 +232,7 @@ def _kmeans(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     with warnings.catch_warnings(), threadpool_limits(limits=1):
         # Fewer distinct rows than clusters, as with equal experts: _fill_empty settles it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        starts: Any = NUM_STARTS  # scikit-learn leaves n_init untyped
+        starts: Any = num_starts  # scikit-learn leaves n_init untyped
         model = KMeans(num_clusters, n_init=starts, random_state=seed, algorithm="lloyd")
         return model.fit_predict(points).astype(np.int64)
 
