@@ -182,4 +182,6 @@ def test_calibration_options_that_do_not_fit_are_refused(world, refuse):
     refuse("must have 0 <= i < n, got 2/2", "calibrate", *task, *new, "--shard", "2/2")
     sentence = "--shard must come without --layer_by_layer"
     refuse(sentence, "calibrate", *task, *new, "--layer_by_layer", "--shard", "0/2")
+    sentence = "--distributed must come without --layer_by_layer"
+    refuse(sentence, "calibrate", *task, *new, "--layer_by_layer", "--distributed")
     refuse("must come with --layer_by_layer", "calibrate", *task, *new, "--activations_dir", "a")

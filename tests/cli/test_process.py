@@ -74,3 +74,19 @@ def test_the_process_ends_with_the_status_and_its_streams_stay_apart(world, run_
         "uncurl inspect: error: A checkpoint must be an existing directory, got nowhere: "
         "check the path.\n"
     )
+
+
+def test_a_gin_file_with_includes_is_found_from_any_directory(run_alone, tmp_path):
+    """In a process of its own: other modules may import what gin forgets to."""
+    arguments = ("--gin_file", "gin/runs/distill.gin", "--cache", "none", "--out", "o")
+    done = run_alone(tmp_path, "train", *arguments, "--checkpoint", "none", "--teacher", "none")
+    assert done.status == 2
+    assert "A token cache must hold manifest.json, got none" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quickstart_of_wrong_settings_writes_nothing(run_alone, tmp_path):
+    binding = "--gin.study.StudyConfig.methods=('uncrl',)"
+    done = run_alone(tmp_path, "quickstart", binding, "--out", "q")
+    assert done.status == 2 and "did you mean uncurl?" in done.err
+    assert list(tmp_path.iterdir()) == []

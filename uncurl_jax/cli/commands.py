@@ -236,13 +236,14 @@ def train(options: Options) -> Any:
 
 def calibrate(options: Options) -> Any:
     """`uncurl calibrate`."""
+    calibrate_with = _calibration(options)
     _initialize_distributed(options)
     out = _new_output(options.pop("out"))
     if "inputs_out" in options:
         _check_writable(options["inputs_out"])
     with _open_task(options, "train") as task_cache:
         options.pop("vocabulary", None)
-        run = configured(_calibration(options))
+        run = configured(calibrate_with)
         statistics = run(cache=task_cache, out=out, **options)
     return _only_first_process(_statistics_line(out, statistics))
 
@@ -253,7 +254,9 @@ def _calibration(options: Options) -> Callable[..., Any]:
 
     is_layerwise = options.pop("layer_by_layer", False)
     foreign = (
-        ("shard", "expert_partitions", "model_partitions") if is_layerwise else ("activations_dir",)
+        ("shard", "expert_partitions", "model_partitions", "distributed")
+        if is_layerwise
+        else ("activations_dir",)
     )
     given = [name for name in foreign if name in options]
     if given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import importlib.util  # gin uses it without importing it
 import inspect
 import os
 import re

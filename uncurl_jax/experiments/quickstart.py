@@ -35,6 +35,7 @@ def run_quickstart(
     Returns:
       The content of report.json.
     """
+    sweep.check_choices(config)
     out = Path(out)
     data_dir = out / "data"
     if not data_dir.exists():

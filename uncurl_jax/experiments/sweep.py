@@ -95,7 +95,7 @@ def run_sweep(
     if shard is not None:
         directory /= f"shard_{shard[0]}_of_{shard[1]}"
         items = study.shard(items, *shard)
-    _check_choices(config)
+    check_choices(config)
     runner = _Runner(config, directory, data_dir, cache_dir, quiet)
     runner.check()
     runner.write_study()
@@ -119,8 +119,11 @@ def run_sweep(
     return records
 
 
-def _check_choices(config: StudyConfig) -> None:
-    """Raises InputError if a name is unknown or a batch does not divide among the devices."""
+def check_choices(config: StudyConfig) -> None:
+    """Raises InputError if a name is unknown or a batch does not divide among the devices.
+
+    Writes nothing, and reads nothing but the configuration.
+    """
     _single_methods(config)
     if (COMPOSITE in config.methods) != (config.layer_methods is not None):
         raise InputError(
