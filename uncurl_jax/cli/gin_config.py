@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
 import importlib.util  # gin uses it without importing it
 import inspect
+import logging
 import os
 import re
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +72,27 @@ def parse(files: Sequence[str], bindings: Sequence[str], modules: Sequence[str])
         *bindings,
     ]
     try:
-        gin.parse_config("\n".join(lines) + "\n")
+        with _without_search_messages():
+            gin.parse_config("\n".join(lines) + "\n")
         gin.finalize()
     except _PARSE_ERRORS as error:
         raise InputError(_parse_problem(error, bindings, imports)) from None
     _check_macros(bindings)
+
+
+@contextlib.contextmanager
+def _without_search_messages() -> Iterator[None]:
+    """Keeps gin from logging, as an error, each place where an included file is not."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Path not found: ")
+
+    logger = logging.getLogger()
+    logger.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_shown)
 
 
 @functools.cache
