@@ -25,6 +25,7 @@ def describe(packages: tuple[str, ...]) -> dict[str, Any]:
     return {
         "command": " ".join(["python", str(script), *sys.argv[1:]]),
         "versions": versions,
+        **({"xla_flags": flags} if (flags := os.environ.get("XLA_FLAGS", "")) else {}),
         "device": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),

@@ -292,6 +292,9 @@ class TrainConfig:
       keep_optimizer_state: whether the last checkpoint holds the optimizer's state, which no later
         stage here reads (it is two thirds of the bytes); those before hold it, to resume from.
       expert_partitions, model_partitions: of the device mesh; the other devices split the batch.
+      expert_axes: mesh axes that divide each layer's experts, one tuple per layer, as `uncurl
+        placement` chooses them: ("expert",), ("data", "expert"), or () for experts that every
+        device holds whole. None is ("expert",) everywhere.
       distillation: what is learned from a teacher, whose checkpoint is given to the stage; None
         for nothing.
     """
@@ -310,6 +313,7 @@ class TrainConfig:
     keep_optimizer_state: bool = True
     expert_partitions: int = 1
     model_partitions: int = 1
+    expert_axes: tuple[tuple[str, ...], ...] | None = None
     distillation: DistillationConfig | None = None
 
     def __post_init__(self):

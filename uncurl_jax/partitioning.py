@@ -18,6 +18,11 @@ from uncurl_jax.errors import InputError
 MESH_AXES = ("data", "expert", "model")
 TOKEN_AXES = ("data", "expert")
 
+# Mesh axes over which each layer's experts are divided, one entry per layer (dense ones too):
+# ("expert",), ("data", "expert"), ("data",), or () for experts that every device holds whole.
+# None stands for ("expert",) everywhere.
+ExpertAxes = tuple[tuple[str, ...], ...]
+
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "batch": TOKEN_AXES,
     "length": None,
@@ -67,24 +72,61 @@ def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     return int(np.prod([mesh.shape[name] for name in names]))
 
 
-def parameter_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def layer_expert_axes(expert_axes: ExpertAxes | None, layer: int) -> tuple[str, ...]:
+    """The mesh axes over which one layer's experts are divided."""
+    return ("expert",) if expert_axes is None else expert_axes[layer]
+
+
+def check_expert_axes(expert_axes: ExpertAxes | None, num_layers: int) -> None:
+    """Checks that there is an entry for each layer, made of token axes in the mesh's order.
+
+    Raises:
+      InputError: If not.
+    """
+    if expert_axes is None:
+        return
+    if len(expert_axes) != num_layers:
+        raise InputError(
+            f"expert_axes must have one entry per layer, got {len(expert_axes)} for {num_layers} "
+            "layers: make the placement for this model."
+        )
+    for layer, axes in enumerate(expert_axes):
+        if tuple(axes) != tuple(axis for axis in TOKEN_AXES if axis in axes):
+            raise InputError(
+                f"expert_axes[{layer}] must hold some of {', '.join(TOKEN_AXES)} in this order, "
+                f"got {', '.join(axes)}."
+            )
+
+
+def parameter_spec(
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh,
+    expert_axes: tuple[str, ...] = ("expert",),
+) -> PartitionSpec:
     """Maps one array's logical axis names to a PartitionSpec that its shape can take.
 
-    A mesh axis that does not divide its dimension is left out there. If that was the expert axis
-    (5 experts on 4 devices), the expert mesh axis divides another dimension instead, so that
+    A mesh axis that does not divide its dimension is left out there. If that was the experts'
+    dimension (5 experts on 4 devices), `expert_axes` divide another dimension instead, so that
     storage stays divided; the layer pads the experts when it computes.
     """
-    wanted = [LOGICAL_TO_MESH[name] if name else None for name in names]
+    mapped = {**LOGICAL_TO_MESH, "expert": expert_axes or None}
+    wanted = [mapped[name] if name else None for name in names]
     spec: list[Any] = [
         axes if axes and size % axis_size(mesh, axes) == 0 else None
         for axes, size in zip(wanted, shape, strict=True)
     ]
-    if "expert" in wanted and "expert" not in spec:
+    if expert_axes and expert_axes in wanted and expert_axes not in spec:
         for dimension in range(len(shape) - 1, 0, -1):
-            if spec[dimension] is None and shape[dimension] % mesh.shape["expert"] == 0:
-                spec[dimension] = "expert"
+            if spec[dimension] is None and shape[dimension] % axis_size(mesh, expert_axes) == 0:
+                spec[dimension] = expert_axes
                 break
-    return PartitionSpec(*spec)
+    return PartitionSpec(*(_bare(axes) for axes in spec))
+
+
+def _bare(axes: Any) -> Any:
+    """One axis by its name alone: a spec compares equal only to one written the same way."""
+    return axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -8,9 +8,9 @@ import pytest
 
 from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.errors import InputError
-from uncurl_jax.evaluation.generation import generate
-from uncurl_jax.models.decoder import Decoder
-from uncurl_jax.partitioning import make_mesh
+from uncurl_jax.evaluation.generation import Decoded, compiled_decode, generate
+from uncurl_jax.models.decoder import Decoder, abstract_params
+from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh, place_batch
 
 NEW = 6
 NO_EOS = 259  # an id of the embedding that no vocabulary uses
@@ -87,3 +87,45 @@ def test_a_model_on_a_mesh_is_refused(checkpoint):
     sharded = load_model(checkpoint, make_mesh())
     with pytest.raises(InputError, match="Generation runs on one device"):
         generate(sharded, [[5]], max_new_tokens=2, eos_id=1)
+
+
+@pytest.mark.parametrize(
+    ("expert_partitions", "model_partitions", "expert_axes"),
+    [(4, 1, None), (2, 2, None), (2, 1, ((), ("data", "expert")))],
+)
+def test_prefill_and_decode_step_on_a_mesh_equal_one_device(
+    model, prompts, expert_partitions, model_partitions, expert_axes
+):
+    # Eight rows of different lengths, of which one has ended.
+    rows = [prompts[row % 3][: 3 + row] for row in range(8)]
+    inputs = np.zeros((8, 16), np.int32)
+    for row, prompt in enumerate(rows):
+        inputs[row, 1 : len(prompt) + 1] = prompt
+    lengths = np.asarray([len(prompt) + 1 for prompt in rows], np.int32)
+    is_running = np.arange(8) != 5
+
+    def run(mesh, params) -> tuple[list[np.ndarray], Decoded]:
+        compiled = compiled_decode(model.config, mesh, expert_axes)
+        placed_inputs, placed_lengths, running = place_batch((inputs, lengths, is_running), mesh)
+        decoded = compiled.prefill(params, placed_inputs, placed_lengths)
+        logits = [np.asarray(decoded.logits)]
+        for step in range(2):
+            token, positions = place_batch(
+                (logits[-1].argmax(axis=-1).astype(np.int32), lengths + step), mesh
+            )
+            decoded = compiled.step(params, decoded.cache, token, positions, running)
+            logits.append(np.asarray(decoded.logits))
+        return logits, decoded
+
+    mesh = make_mesh(expert_partitions=expert_partitions, model_partitions=model_partitions)
+    abstract = abstract_params(model.config, mesh, expert_axes)
+    params = jax.device_put(model.params, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    expected, _ = run(None, model.params)
+    found, decoded = run(mesh, params)
+    for one, several in zip(expected, found, strict=True):
+        np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-5)
+    # Rows, and heads if the model axis divides them, stay where they were put.
+    for array in jax.tree.leaves(decoded.cache):
+        shards = axis_size(mesh, TOKEN_AXES)
+        local = array.sharding.shard_shape(array.shape)
+        assert local == (8 // shards, 96, 2 // model_partitions, 8)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -127,7 +128,6 @@ def test_hidden_units_that_the_model_axis_does_not_divide_stay_whole(
 def test_one_device_without_drops_equals_the_loop(
     num_experts, topk, random_experts, reference_experts
 ):
-    # 24 tokens: blocks of 8, 4, 1 and 8 rows.
     tokens = make_tokens(num_experts, topk)
     check(tokens, random_experts(num_experts, DIM, MLP), None, None, reference_experts)
 
@@ -177,29 +177,223 @@ def test_the_compiled_program_exchanges_tokens_by_all_to_all(random_experts):
     assert "all-to-all" not in program(8, None)
 
 
-@given(
-    num_assignments=st.integers(1, 5000),
-    num_experts=st.integers(1, 300),
-)
+@given(num_assignments=st.integers(1, 10**6), num_experts=st.integers(1, 300))
 @settings(max_examples=200, deadline=None)
-def test_blocks_are_powers_of_two_below_the_mean_load(num_assignments: int, num_experts: int):
-    rows = expert_parallel.block_size(num_assignments, num_experts)
-    mean = num_assignments // num_experts
-    assert 1 <= rows <= 256
+def test_blocks_are_powers_of_two_of_16_to_128_rows(num_assignments: int, num_experts: int):
+    rows = expert_parallel.block_rows(num_assignments, num_experts)
+    assert 16 <= rows <= 128
     assert rows & (rows - 1) == 0
-    assert rows <= max(1, mean)
+    assert rows == 16 or rows <= num_assignments / (4 * num_experts)
 
 
-def test_block_sizes_worked_by_hand():
-    sizes = [expert_parallel.block_size(*pair) for pair in ((1, 8), (32, 8), (100, 8), (10**6, 8))]
-    assert sizes == [1, 2, 4, 256]
+def test_block_rows_worked_by_hand():
+    # Mean loads of 1/8, 64, 256, 300 and 1024 rows.
+    loads = ((1, 8), (512, 8), (32768, 128), (2400, 8), (32768, 32))
+    assert [expert_parallel.block_rows(*load) for load in loads] == [16, 16, 64, 64, 128]
 
 
 def test_dispatch_leaves_empty_slots_zero_and_combine_weighs():
     x = np.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], np.float32)
-    slot = np.asarray([[2, 0], [4, 1], [4, 4]], np.int32)  # 4: dropped
-    slots = jax.jit(expert_parallel.dispatch, static_argnums=2)(x, slot, 4)
-    np.testing.assert_array_equal(slots, [[1, 2], [3, 4], [1, 2], [0, 0]])
+    slots = expert_parallel._invert(jnp.asarray([[2, 0], [4, 1], [4, 4]], jnp.int32), 4)
+    np.testing.assert_array_equal(slots.assignment, [1, 3, 0, 6])  # 6: empty
+    rows = jax.jit(expert_parallel.dispatch)(x, slots)
+    np.testing.assert_array_equal(rows, [[1, 2], [3, 4], [1, 2], [0, 0]])
     gate = np.asarray([[0.5, 0.25], [1.0, 2.0], [1.0, 1.0]], np.float32)
-    y = jax.jit(expert_parallel.combine)(slots, slot, gate)
+    y = jax.jit(expert_parallel.combine)(rows, gate, slots)
     np.testing.assert_allclose(y, [[0.75, 1.5], [6.0, 8.0], [0.0, 0.0]], rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_the_gradients_of_dispatch_and_combine_are_those_of_plain_indexing(topk):
+    generator = np.random.default_rng(topk)
+    tokens, num_slots = 5, 7
+    order = generator.permutation(num_slots + 3)[: tokens * topk].reshape(tokens, topk)
+    of_assignment = jnp.asarray(np.minimum(order, num_slots), jnp.int32)
+    slots = expert_parallel._invert(of_assignment, num_slots)
+    x, gate, weight = (
+        generator.normal(size=shape).astype(np.float32)
+        for shape in ((tokens, DIM), (tokens, topk), (tokens, DIM))
+    )
+
+    def ours(x, gate):
+        rows = jnp.tanh(expert_parallel.dispatch(x, slots))
+        return jnp.sum(expert_parallel.combine(rows, gate, slots) * weight)
+
+    def plain(x, gate):
+        kept = (of_assignment < num_slots)[..., None]
+        rows = jnp.where(kept, jnp.tanh(x)[:, None], 0.0)
+        return jnp.sum(jnp.sum(rows * gate[..., None], axis=1) * weight)
+
+    for got, expected in zip(
+        jax.grad(ours, argnums=(0, 1))(x, gate),
+        jax.grad(plain, argnums=(0, 1))(x, gate),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("expert_axes", "num_experts", "capacity", "all_to_alls"),
+    [
+        ((), 5, 2, 0),
+        ((), 5, None, 0),
+        (("data",), 5, 2, 2),
+        (("data", "expert"), 9, 3, 2),
+        (("data", "expert"), 4, 2, 2),
+        (("data", "expert"), 9, None, 0),
+        (("data",), 3, None, 0),
+    ],
+)
+def test_the_axes_that_divide_a_layers_experts_are_free_to_choose(
+    expert_axes, num_experts, capacity, all_to_alls, random_experts, reference_experts
+):
+    mesh = make_mesh(expert_partitions=2, model_partitions=2, devices=jax.devices()[:8])
+    tokens = make_tokens(num_experts, topk=2)
+    experts = random_experts(num_experts, DIM, MLP)
+    apply = jax.jit(apply_moe, static_argnames=(*STATIC, "expert_axes"))
+    options = {"activation": gelu, "capacity": capacity, "mesh": mesh, "expert_axes": expert_axes}
+    out = apply(**tokens, experts=experts, **options)
+    for group in range(GROUPS):
+        arrays = {name: array[group] for name, array in tokens.items()}
+        y, is_kept = reference_experts(**arrays, experts=experts, capacity=capacity)
+        np.testing.assert_allclose(out.y[group], y, rtol=TOLERANCE, atol=TOLERANCE)
+        np.testing.assert_array_equal(out.is_kept[group], is_kept)
+    program = apply.lower(**tokens, experts=experts, **options).compile().as_text() or ""
+    assert len(re.findall(r" all-to-all(?:-start)?\(", program)) == all_to_alls
+
+
+def skewed_tokens(num_experts: int, topk: int, tokens: int, skew: float) -> dict[str, Any]:
+    """Enough tokens for full blocks; with a skew, the first experts get most of them."""
+    generator = np.random.default_rng(num_experts)
+    weights = np.exp(-skew * np.arange(num_experts))
+    index = np.argsort(-np.log(weights) - generator.gumbel(size=(1, tokens, num_experts)), axis=-1)[
+        ..., :topk
+    ]
+    return {
+        "x": generator.normal(size=(1, tokens, DIM)).astype(np.float32),
+        "expert_index": index.astype(np.int32),
+        "gate": generator.random((1, tokens, topk)).astype(np.float32),
+        "mask": generator.random((1, tokens)) < 0.9,
+    }
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("capacity", [None, 40])
+@pytest.mark.parametrize("skew", [0.0, 2.0])
+def test_even_and_uneven_loads_give_the_loops_outputs_and_gradients(
+    skew, capacity, is_gated, random_experts, reference_experts
+):
+    # 200 tokens * 2 on 4 experts: blocks of 16 rows.
+    num_experts, topk, num_tokens = 4, 2, 200
+    tokens = skewed_tokens(num_experts, topk, num_tokens, skew)
+    chosen = tokens["expert_index"][tokens["mask"]]
+    counts = np.bincount(chosen.ravel(), minlength=num_experts)
+    assert (counts.max() > 1.5 * counts.mean()) == (skew > 0)
+    experts = jax.tree.map(jnp.asarray, random_experts(num_experts, DIM, MLP, is_gated=is_gated))
+    check(tokens, experts, capacity, None, reference_experts)
+    cotangent = np.random.default_rng(0).normal(size=tokens["x"].shape).astype(np.float32)
+    is_kept = apply_moe(
+        **tokens, experts=experts, activation=gelu, capacity=capacity, mesh=None
+    ).is_kept
+
+    def ours(x, gate, experts):
+        arrays: dict[str, Any] = {**tokens, "x": x, "gate": gate}
+        out = apply_moe(**arrays, experts=experts, activation=gelu, capacity=capacity, mesh=None)
+        return jnp.sum(out.y * cotangent)
+
+    def every_expert(x, gate, experts):
+        every = expert_parallel.apply_experts(
+            jnp.broadcast_to(x[0], (num_experts, *x[0].shape)), experts, gelu
+        )
+        chosen = jax.nn.one_hot(tokens["expert_index"][0], num_experts)
+        weight = jnp.einsum("tke,tk->te", chosen, jnp.where(is_kept[0], gate[0], 0.0))
+        return jnp.sum(jnp.einsum("etd,te->td", every, weight) * cotangent[0])
+
+    inputs = (tokens["x"], tokens["gate"], experts)
+    for got, expected in zip(
+        jax.tree.leaves(jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(*inputs)),
+        jax.tree.leaves(jax.jit(jax.grad(every_expert, argnums=(0, 1, 2)))(*inputs)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, expected, rtol=10 * TOLERANCE, atol=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "topk"), [(1, 8, 1), (3, 8, 2), (5, 2, 1)])
+def test_a_few_tokens_need_no_sorting(tokens, num_experts, topk, random_experts, reference_experts):
+    arrays = {name: array[:1, :tokens] for name, array in make_tokens(num_experts, topk).items()}
+    experts = random_experts(num_experts, DIM, MLP)
+    wanted = np.broadcast_to(arrays["mask"][..., None], arrays["expert_index"].shape)
+    for capacity in (None, 1):
+        out = jax.jit(expert_parallel._apply_few, static_argnames=("activation", "capacity"))(
+            arrays["x"],
+            arrays["expert_index"],
+            arrays["gate"],
+            wanted,
+            experts,
+            activation=gelu,
+            capacity=capacity,
+        )
+        one = {name: array[0] for name, array in arrays.items()}
+        y, is_kept = reference_experts(**one, experts=experts, capacity=capacity)
+        np.testing.assert_allclose(out.y[0], y, rtol=TOLERANCE, atol=TOLERANCE)
+        np.testing.assert_array_equal(out.is_kept[0], is_kept)
+
+
+def gradients(tokens, experts, capacity, mesh, expert_axes=("expert",)):
+    cotangent = np.random.default_rng(0).normal(size=tokens["x"].shape).astype(np.float32)
+
+    def loss(x, gate, experts):
+        arrays: dict[str, Any] = {**tokens, "x": x, "gate": gate}
+        out = apply_moe(
+            **arrays,
+            experts=experts,
+            activation=gelu,
+            capacity=capacity,
+            mesh=mesh,
+            expert_axes=expert_axes,
+        )
+        return jnp.sum(out.y * cotangent)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(tokens["x"], tokens["gate"], experts)
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+@pytest.mark.parametrize(
+    "expert_axes", [(), ("expert",), ("data",), ("data", "expert")], ids="-".join
+)
+def test_gradients_on_a_data_expert_model_mesh_equal_one_devices(
+    expert_axes, capacity, random_experts
+):
+    mesh = make_mesh(expert_partitions=2, model_partitions=2, devices=jax.devices()[:8])
+    tokens = make_tokens(5, topk=2)
+    experts = jax.tree.map(jnp.asarray, random_experts(5, DIM, MLP, is_gated=True))
+    expected = gradients(tokens, experts, capacity, None)
+    for got, want in zip(
+        jax.tree.leaves(gradients(tokens, experts, capacity, mesh, expert_axes)),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=10 * TOLERANCE, atol=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize(("capacity", "shape"), [(None, None), (3, None), (3, (2, 2, 2))])
+def test_bfloat16_stays_within_its_rounding(capacity, shape, random_experts, reference_experts):
+    mesh = None
+    if shape is not None:
+        mesh = make_mesh(expert_partitions=2, model_partitions=2, devices=jax.devices()[:8])
+    tokens = make_tokens(6, topk=2)
+    low = {**tokens, "x": jnp.asarray(tokens["x"], jnp.bfloat16)}
+    experts = jax.tree.map(
+        lambda array: jnp.asarray(array, jnp.bfloat16), random_experts(6, DIM, MLP)
+    )
+    apply = jax.jit(apply_moe, static_argnames=STATIC)
+    out = apply(**low, experts=experts, activation=gelu, capacity=capacity, mesh=mesh)
+    assert out.y.dtype == jnp.float32
+    exact = jax.tree.map(lambda array: np.asarray(array, np.float32), experts)
+    for group in range(GROUPS):
+        arrays = {name: np.asarray(array[group], array.dtype) for name, array in tokens.items()}
+        arrays["x"] = np.asarray(low["x"][group], np.float32)
+        y, is_kept = reference_experts(**arrays, experts=exact, capacity=capacity)
+        np.testing.assert_array_equal(out.is_kept[group], is_kept)
+        error = np.linalg.norm(out.y[group] - y) / np.linalg.norm(y)
+        assert error < 0.01

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from uncurl_jax.checkpoints import layout, store
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.models.decoder import Params, abstract_params
+from uncurl_jax.partitioning import ExpertAxes
 
 
 class LoadedModel(NamedTuple):
@@ -22,6 +23,7 @@ class LoadedModel(NamedTuple):
       vocabulary: the {"name", "spec", "size", "hash"} it was trained with.
       checkpoint: where it came from.
       mesh: where it is; None on one device.
+      expert_axes: mesh axes that divide each layer's experts; see partitioning.ExpertAxes.
     """
 
     config: ModelConfig
@@ -29,23 +31,28 @@ class LoadedModel(NamedTuple):
     vocabulary: dict[str, Any]
     checkpoint: layout.CheckpointPath
     mesh: Mesh | None
+    expert_axes: ExpertAxes | None = None
 
 
 def load_model(
-    path: layout.PathLike | layout.CheckpointPath, mesh: Mesh | None = None
+    path: layout.PathLike | layout.CheckpointPath,
+    mesh: Mesh | None = None,
+    expert_axes: ExpertAxes | None = None,
 ) -> LoadedModel:
     """Restores the parameters of a checkpoint, leaving any optimizer state unread.
 
     Args:
       path: as for `layout.resolve`.
       mesh: where to put the parameters; the default device if None.
+      expert_axes: mesh axes that divide each layer's experts.
 
     Raises:
       InputError: If there is no such checkpoint or its arrays do not fit its configuration.
     """
     checkpoint = layout.resolve(path)
     config = checkpoint.model_config()
-    params = store.restore(checkpoint, abstract_params=abstract_params(config, mesh)).params
+    abstract = abstract_params(config, mesh, expert_axes)
+    params = store.restore(checkpoint, abstract_params=abstract).params
     if mesh is None:
         params = jax.tree.map(jnp.asarray, params)
-    return LoadedModel(config, params, checkpoint.vocabulary(), checkpoint, mesh)
+    return LoadedModel(config, params, checkpoint.vocabulary(), checkpoint, mesh, expert_axes)

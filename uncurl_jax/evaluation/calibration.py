@@ -22,7 +22,7 @@ from uncurl_jax.data.token_cache import Batch, TokenCache
 from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.rank_classification import examples_that_divide, row_length
 from uncurl_jax.models.decoder import Decoder
-from uncurl_jax.partitioning import local_rows, make_mesh, place_batch, replicated
+from uncurl_jax.partitioning import ExpertAxes, local_rows, make_mesh, place_batch, replicated
 from uncurl_jax.pruning import calibration
 from uncurl_jax.pruning.choices import require_choice
 from uncurl_jax.pruning.router_inputs import RouterInputs
@@ -45,13 +45,14 @@ def router_observer(
     mesh: Mesh | None = None,
     num_groups: int | None = None,
     collect: Sequence[str] = (),
+    expert_axes: ExpertAxes | None = None,
 ) -> Callable[[Any, Batch], dict[int, LayerStatistics]]:
     """Returns the compiled function (params, batch) -> {MoE layer: sums over the batch}.
 
     On a mesh the sums run over all devices, and every process gets them whole. `collect` names
     optional groups of `statistics.COLLECTIONS`.
     """
-    decoder = Decoder(config, mesh, num_groups)
+    decoder = Decoder(config, mesh, num_groups, expert_axes)
     mutable = ["router_observations", *(_OBSERVED[group] for group in collect)]
 
     def observe(params: Any, batch: Any) -> dict[int, LayerStatistics]:
@@ -72,10 +73,10 @@ def router_observer(
 
 
 def input_observer(
-    config: ModelConfig, mesh: Mesh | None = None
+    config: ModelConfig, mesh: Mesh | None = None, expert_axes: ExpertAxes | None = None
 ) -> Callable[[Any, Batch], dict[int, jax.Array]]:
     """Returns the compiled function (params, batch) -> {MoE layer: inputs [b, l, d] float32}."""
-    decoder = Decoder(config, mesh)
+    decoder = Decoder(config, mesh, expert_axes=expert_axes)
 
     def observe(params: Any, batch: Any) -> dict[int, jax.Array]:
         _, sown = decoder.apply(
@@ -104,7 +105,9 @@ def calibrate_model(
     quiet: bool = False,
 ) -> RouterStatistics:
     """Gathers statistics of a loaded model; see `calibrate_checkpoint`."""
-    observe = router_observer(model.config, model.mesh, collect=collect)
+    observe = router_observer(
+        model.config, model.mesh, collect=collect, expert_axes=model.expert_axes
+    )
     index, count = shard or (0, 1)
     batches: Iterator[Batch] = cache.sequential_batches(batch_size, length=length)
     total = num_batches(cache, batch_size, max_batches)
@@ -164,7 +167,7 @@ def sample_router_inputs(
       The sample; the same arguments give the same tokens.
     """
     chosen = sampled_batches(cache, num_tokens, batch_size, max_batches)
-    observe = input_observer(model.config, model.mesh)
+    observe = input_observer(model.config, model.mesh, model.expert_axes)
     masks, parts = [], []
     for place, batch in enumerate(cache.sequential_batches(batch_size, length=length)):
         if place in chosen:

@@ -9,80 +9,174 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
 from uncurl_jax.models.decoder import Decoder, Params
+from uncurl_jax.partitioning import (
+    TOKEN_AXES,
+    ExpertAxes,
+    axis_size,
+    batch_sharding,
+    parameter_spec,
+)
 
 _PAD_ID = 0
 
 
-class _DecodeState(NamedTuple):
-    """One step of decoding: b batch, n max_new_tokens."""
+class Decoded(NamedTuple):
+    """What the model makes of the tokens so far: b batch.
 
-    index: jax.Array  # int32 scalar, tokens generated so far
-    logits: jax.Array  # [b, vocab] float32 of the next token
-    positions: jax.Array  # [b] int32, where the next token goes
-    tokens: jax.Array  # [b, n] int32
-    is_done: jax.Array  # [b] bool
+    Attributes:
+      logits: [b, vocab] float32 of each row's next token.
+      cache: keys and values of every position, [b, max_length, heads, head_dim] per layer.
+    """
+
+    logits: jax.Array
     cache: Any
 
 
+def prefill(decoder: Decoder, params: Params, inputs: jax.Array, lengths: jax.Array) -> Decoded:
+    """Reads prompts into a new cache: inputs [b, l] int32, of which lengths [b] count."""
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
+    logits, variables = decoder.apply(
+        {"params": params},
+        inputs,
+        positions < lengths[:, None],
+        positions,
+        decode=True,
+        logit_positions=(lengths - 1)[:, None],
+        mutable=["cache"],
+    )
+    return Decoded(logits[:, 0], variables["cache"])
+
+
+def decode_step(
+    decoder: Decoder,
+    params: Params,
+    cache: Any,
+    token: jax.Array,
+    positions: jax.Array,
+    is_running: jax.Array,
+) -> Decoded:
+    """Reads one more token of each row.
+
+    Args:
+      decoder: the model, on one device or on a mesh.
+      params: its parameters.
+      cache: of the tokens before.
+      token: [b] int32.
+      positions: [b] int32, the token's place in its row.
+      is_running: [b] bool; rows that have ended take no expert's time.
+    """
+    logits, variables = decoder.apply(
+        {"params": params, "cache": cache},
+        token[:, None],
+        is_running[:, None],
+        positions[:, None],
+        decode=True,
+        mutable=["cache"],
+    )
+    return Decoded(logits[:, 0], variables["cache"])
+
+
+class DecodePrograms(NamedTuple):
+    """Prefill and decode step, compiled for a device or a mesh.
+
+    Attributes:
+      prefill: (params, inputs, lengths) -> Decoded.
+      step: (params, cache, token, positions, is_running) -> Decoded; the cache is donated.
+    """
+
+    prefill: Any
+    step: Any
+
+
 @functools.lru_cache(maxsize=16)
-def _compiled_generate(
+def compiled_decode(
+    config: ModelConfig, mesh: Mesh | None = None, expert_axes: ExpertAxes | None = None
+) -> DecodePrograms:
+    """Returns the programs that serve a model token by token.
+
+    On a mesh, rows and their caches are divided over the devices that hold tokens, heads over
+    `model`; the number of rows is a multiple of data * expert partitions.
+    """
+    decoder = Decoder(config, mesh, expert_axes=expert_axes)
+    shardings = None
+    if mesh is not None:
+        caches = jax.tree.map(
+            lambda array: array.sharding, abstract_cache(config, axis_size(mesh, TOKEN_AXES), mesh)
+        )
+        # _make, because this tuple holds shardings in the places of arrays.
+        shardings = Decoded._make([batch_sharding(mesh), caches])
+    return DecodePrograms(
+        jax.jit(functools.partial(prefill, decoder), out_shardings=shardings),
+        jax.jit(functools.partial(decode_step, decoder), out_shardings=shardings, donate_argnums=1),
+    )
+
+
+def abstract_cache(config: ModelConfig, batch_size: int, mesh: Mesh | None = None) -> Any:
+    """Returns the tree of ShapeDtypeStructs of a cache, with shardings if a mesh is given."""
+    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
+    init = functools.partial(Decoder(config).init, decode=True)
+    cache = jax.eval_shape(init, jax.random.key(0), tokens)["cache"]
+    if mesh is None:
+        return cache
+
+    def with_sharding(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = parameter_spec(("batch", "length", "heads", "kv"), array.shape, mesh)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(with_sharding, cache)
+
+
+class _Generation(NamedTuple):
+    """One pass of the loop of `generate`: b batch, n max_new_tokens."""
+
+    index: jax.Array  # int32 scalar, tokens generated so far
+    decoded: Decoded
+    positions: jax.Array  # [b] int32, where the next token goes
+    tokens: jax.Array  # [b, n] int32
+    is_done: jax.Array  # [b] bool
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_generate(
     config: ModelConfig, max_new_tokens: int, is_greedy: bool, eos_id: int
 ) -> Any:
+    """Returns the compiled loop (params, inputs, lengths, temperature, seed) -> tokens [b, n]."""
     decoder = Decoder(config)
 
     def generate(
         params: Params, inputs: jax.Array, lengths: jax.Array, temperature: jax.Array, seed: int
     ) -> jax.Array:
-        batch, length = inputs.shape
+        batch = inputs.shape[0]
         key = jax.random.key(seed)
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), inputs.shape)
-        mask = positions < lengths[:, None]
-        logits, variables = decoder.apply(
-            {"params": params}, inputs, mask, positions, decode=True, mutable=["cache"]
-        )
-        last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
-        def is_running(state: _DecodeState) -> jax.Array:
+        def is_running(state: _Generation) -> jax.Array:
             return (state.index < max_new_tokens) & ~state.is_done.all()
 
-        def step(state: _DecodeState) -> _DecodeState:
+        def step(state: _Generation) -> _Generation:
+            logits, cache = state.decoded
             if is_greedy:
-                token = state.logits.argmax(axis=-1)
+                token = logits.argmax(axis=-1)
             else:
                 step_key = jax.random.fold_in(key, state.index)
-                token = jax.random.categorical(step_key, state.logits / temperature)
+                token = jax.random.categorical(step_key, logits / temperature)
             token = jnp.where(state.is_done, _PAD_ID, token.astype(jnp.int32))
             tokens = state.tokens.at[:, state.index].set(token)
             is_done = state.is_done | (token == eos_id)
-            logits, variables = decoder.apply(
-                {"params": params, "cache": state.cache},
-                token[:, None],
-                ~is_done[:, None],
-                state.positions[:, None],
-                decode=True,
-                mutable=["cache"],
-            )
-            return _DecodeState(
-                state.index + 1,
-                logits[:, 0],
-                state.positions + 1,
-                tokens,
-                is_done,
-                variables["cache"],
-            )
+            decoded = decode_step(decoder, params, cache, token, state.positions, ~is_done)
+            return _Generation(state.index + 1, decoded, state.positions + 1, tokens, is_done)
 
-        first = _DecodeState(
+        first = _Generation(
             jnp.int32(0),
-            last,
+            prefill(decoder, params, inputs, lengths),
             lengths,
             jnp.full((batch, max_new_tokens), _PAD_ID, jnp.int32),
             jnp.zeros((batch,), bool),
-            variables["cache"],
         )
         return jax.lax.while_loop(is_running, step, first).tokens
 
@@ -131,7 +225,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         inputs[row, 1 : len(prompt) + 1] = prompt
     lengths = np.asarray([len(prompt) + 1 for prompt in prompts], np.int32)
-    compiled = _compiled_generate(model.config, max_new_tokens, temperature == 0, eos_id)
+    compiled = compiled_generate(model.config, max_new_tokens, temperature == 0, eos_id)
     tokens = jax.device_get(
         compiled(model.params, inputs, lengths, np.float32(max(temperature, 1e-6)), seed)
     )

@@ -24,7 +24,14 @@ from uncurl_jax.models.decoder import (
     select_targets,
     token_log_probabilities,
 )
-from uncurl_jax.partitioning import TOKEN_AXES, axis_size, local_rows, place_batch, replicated
+from uncurl_jax.partitioning import (
+    TOKEN_AXES,
+    ExpertAxes,
+    axis_size,
+    local_rows,
+    place_batch,
+    replicated,
+)
 
 
 class RowScores(NamedTuple):
@@ -43,8 +50,14 @@ class RowScores(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_scores(config: ModelConfig, mesh: Mesh | None, target_length: int | None) -> Any:
-    decoder = Decoder(config, mesh)
+def compiled_scores(
+    config: ModelConfig,
+    mesh: Mesh | None,
+    target_length: int | None,
+    expert_axes: ExpertAxes | None = None,
+) -> Any:
+    """Returns the compiled function (params, batch) -> scores of rows, replicated on a mesh."""
+    decoder = Decoder(config, mesh, expert_axes=expert_axes)
 
     def scores(params: Any, batch: Any) -> dict[str, jax.Array]:
         window, targets, weights = select_targets(batch, target_length)
@@ -95,7 +108,7 @@ def score_rows(
     log_likelihood = np.full(num_rows, np.nan)
     num_tokens = np.zeros(num_rows)
     left_behind = total = 0.0
-    compiled = _compiled_scores(model.config, model.mesh, target_length)
+    compiled = compiled_scores(model.config, model.mesh, target_length, model.expert_axes)
     bar = tqdm(
         batches,
         total=num_batches,

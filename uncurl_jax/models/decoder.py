@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.models import layers
 from uncurl_jax.models.moe import MoeLayer
-from uncurl_jax.partitioning import parameter_spec
+from uncurl_jax.partitioning import ExpertAxes, layer_expert_axes, parameter_spec
 
 Params = dict[str, Any]
 
@@ -39,6 +39,7 @@ class DecoderLayer(nn.Module):
     layer: int
     mesh: Mesh | None = None
     num_groups: int | None = None
+    expert_axes: tuple[str, ...] = ("expert",)
 
     @nn.compact
     def __call__(
@@ -54,7 +55,9 @@ class DecoderLayer(nn.Module):
         x, normed = self.attend(x, positions, decode=decode)
         if self.config.num_experts[self.layer] == 0:
             return self.feed_forward(x, normed)
-        moe = MoeLayer(self.config, self.layer, self.mesh, self.num_groups, name="moe")
+        moe = MoeLayer(
+            self.config, self.layer, self.mesh, self.num_groups, self.expert_axes, name="moe"
+        )
         y = moe(normed, mask, is_training=is_training, is_dropless=decode)
         return x + y.astype(x.dtype)
 
@@ -80,11 +83,13 @@ class Decoder(nn.Module):
       config: the model.
       mesh: None on one device; else MoE layers compute through shard_map on it.
       num_groups: see MoeLayer.
+      expert_axes: mesh axes that divide each layer's experts; see partitioning.ExpertAxes.
     """
 
     config: ModelConfig
     mesh: Mesh | None = None
     num_groups: int | None = None
+    expert_axes: ExpertAxes | None = None
 
     @nn.compact
     def __call__(
@@ -137,7 +142,14 @@ class Decoder(nn.Module):
         )
         x = embedder(inputs) + position_embedder(positions)
         for layer in range(config.num_layers):
-            block = DecoderLayer(config, layer, self.mesh, self.num_groups, name=f"layers_{layer}")
+            block = DecoderLayer(
+                config,
+                layer,
+                self.mesh,
+                self.num_groups,
+                layer_expert_axes(self.expert_axes, layer),
+                name=f"layers_{layer}",
+            )
             x = block(x, mask, positions, is_training=is_training, decode=decode)
         if logit_positions is not None:
             x = jnp.take_along_axis(x, logit_positions[..., None], axis=1)
@@ -170,7 +182,9 @@ def logical_axes(config: ModelConfig) -> Any:
     return nn.get_partition_spec(_boxed_abstract_params(config))
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
+def abstract_params(
+    config: ModelConfig, mesh: Mesh | None = None, expert_axes: ExpertAxes | None = None
+) -> Any:
     """Returns the tree of float32 ShapeDtypeStructs, with shardings if a mesh is given."""
     boxed = _boxed_abstract_params(config)
     params = nn.meta.unbox(boxed)
@@ -178,23 +192,33 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
         return params
     names = nn.get_partition_spec(boxed)
 
-    def with_sharding(array: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, parameter_spec(tuple(axes), array.shape, mesh))
+    def with_sharding(path: Any, array: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
+        top = path[0].key
+        layer = int(top.removeprefix("layers_")) if top.startswith("layers_") else 0
+        over = layer_expert_axes(expert_axes, layer)
+        sharding = NamedSharding(mesh, parameter_spec(tuple(axes), array.shape, mesh, over))
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    return jax.tree.map(with_sharding, params, names)
+    return jax.tree_util.tree_map_with_path(with_sharding, params, names)
 
 
-def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
+def init_params(
+    config: ModelConfig,
+    seed: int,
+    mesh: Mesh | None = None,
+    expert_axes: ExpertAxes | None = None,
+) -> Params:
     """Returns freshly initialised float32 parameters, born sharded if a mesh is given.
 
     The values depend on `seed` alone, not on the mesh.
     """
-    return _compiled_init(config, mesh)(jax.random.key(seed))
+    return _compiled_init(config, mesh, expert_axes)(jax.random.key(seed))
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_init(config: ModelConfig, mesh: Mesh | None) -> Callable[[jax.Array], Params]:
+def _compiled_init(
+    config: ModelConfig, mesh: Mesh | None, expert_axes: ExpertAxes | None
+) -> Callable[[jax.Array], Params]:
     """Returns the compiled function from a key to parameters, one for all seeds."""
     tokens = jnp.zeros((1, min(2, config.max_length)), jnp.int32)
 
@@ -203,7 +227,8 @@ def _compiled_init(config: ModelConfig, mesh: Mesh | None) -> Callable[[jax.Arra
 
     shardings = None
     if mesh is not None:
-        shardings = jax.tree.map(lambda array: array.sharding, abstract_params(config, mesh))
+        abstract = abstract_params(config, mesh, expert_axes)
+        shardings = jax.tree.map(lambda array: array.sharding, abstract)
     return jax.jit(init, out_shardings=shardings)
 
 

@@ -1,42 +1,42 @@
 """Moves tokens to experts and back: dispatch, expert computation, combine; sharded or not.
 
-One body serves every device and mesh. Axes: g group, t token, k topk, e expert, c slot, d embed,
-f mlp. A group is a set of tokens that share the slots of each expert; groups follow the mesh, not
-the number of experts.
+One body serves every device and mesh. Axes: g group, t token, k topk, e expert, c slot, r row,
+d embed, f mlp. A group is a set of tokens that share the slots of each expert; groups follow the
+mesh, not the number of experts.
+
+With a capacity every expert has so many slots for each group, and where experts are divided over
+devices slots cross the mesh by all-to-all. Without one, rows are sorted by expert and nothing but
+them is computed; devices that divide the experts see each other's tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from uncurl_jax.models.expert_mlp import (
+    Activation,
+    Experts,
+    apply_experts,
+    apply_to_blocks,
+    apply_to_few,
+)
+from uncurl_jax.models.grouped_matmul import make_blocks
 from uncurl_jax.models.routing import ranks_within_expert
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, replicated
 
+__all__ = ["Activation", "Experts", "MoeOutput", "apply_experts", "apply_moe"]
 
-class Experts(NamedTuple):
-    """The parameters of one layer's experts, in the compute dtype.
-
-    Attributes:
-      wi: [e, d, f] input (in gated networks: up) projection.
-      wo: [e, f, d] output projection.
-      wg: [e, d, f] gate projection; None unless gated.
-      wi_bias: [e, f]; wo_bias: [e, d]; wg_bias: [e, f]; None without biases.
-    """
-
-    wi: jax.Array
-    wo: jax.Array
-    wg: jax.Array | None = None
-    wi_bias: jax.Array | None = None
-    wo_bias: jax.Array | None = None
-    wg_bias: jax.Array | None = None
-
-
-Activation = Callable[[jax.Array], jax.Array]
+# Up to so many tokens on one device, an accelerator runs them without sorting: reading the
+# kernels is what they cost.
+_FEW_TOKENS = 64
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
+# Slots are computed at once, rows a little slower (docs/performance.md).
+_SLOTS_PER_ROW = 1.25
 
 
 class MoeOutput(NamedTuple):
@@ -53,103 +53,243 @@ class MoeOutput(NamedTuple):
     num_slots: jax.Array
 
 
-def dispatch(x: jax.Array, slot: jax.Array, num_slots: int) -> jax.Array:
-    """Gathers tokens into slots: x [t, d], slot [t, k] (num_slots = dropped) -> [num_slots, d]."""
-    num_tokens, topk = slot.shape
-    token = jnp.broadcast_to(jnp.arange(num_tokens)[:, None], (num_tokens, topk))
-    empty = jnp.full((num_slots + 1,), num_tokens, dtype=jnp.int32)
-    token_of_slot = empty.at[slot].set(token.astype(jnp.int32))[:num_slots]
-    return x.at[token_of_slot].get(mode="fill", fill_value=0)
+class _Slots(NamedTuple):
+    """A partial one-to-one map between assignments (a = t * k) and slots.
 
-
-def combine(y: jax.Array, slot: jax.Array, gate: jax.Array) -> jax.Array:
-    """Gathers slots back: y [s, d], slot [t, k] (s = dropped), gate [t, k] -> [t, d] float32."""
-    outputs = y.at[slot].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", outputs, gate)
-
-
-def apply_experts(
-    x: jax.Array, experts: Experts, activation: Activation, *, model_axis: str | None = None
-) -> jax.Array:
-    """Runs expert i on x[i]: [e, c, d] -> [e, c, d], float32 accumulation.
-
-    With `model_axis`, f is divided over that mesh axis and partial sums are added across it.
+    Attributes:
+      of_assignment: [t, k] int32; the number of slots where the assignment was dropped.
+      assignment: [s] int32, its inverse; t * k where a slot is empty.
     """
-    dtype = experts.wi.dtype
 
-    def to_hidden(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        hidden = jnp.einsum("ecd,edf->ecf", x, kernel, preferred_element_type=jnp.float32)
-        return hidden.astype(dtype) if bias is None else hidden.astype(dtype) + bias[:, None]
-
-    hidden = to_hidden(experts.wi, experts.wi_bias)
-    if experts.wg is None:
-        hidden = activation(hidden)
-    else:
-        hidden = activation(to_hidden(experts.wg, experts.wg_bias)) * hidden
-    y = jnp.einsum("ecf,efd->ecd", hidden, experts.wo, preferred_element_type=jnp.float32)
-    if model_axis is not None:
-        y = jax.lax.psum(y, model_axis)
-    y = y.astype(dtype)
-    return y if experts.wo_bias is None else y + experts.wo_bias[:, None]
+    of_assignment: jax.Array
+    assignment: jax.Array
 
 
-def block_size(num_assignments: int, num_experts: int) -> int:
-    """Rows per block of the dropless path: about half an expert's mean load, 1 to 256.
+def _invert(of_assignment: jax.Array, num_slots: int) -> _Slots:
+    flat = of_assignment.reshape(-1)
+    empty = jnp.full((num_slots,), flat.size, jnp.int32)
+    assignments = jnp.arange(flat.size, dtype=jnp.int32)
+    # Dropped assignments write beyond the end, that is nowhere.
+    return _Slots(of_assignment, empty.at[flat].set(assignments, mode="drop"))
+
+
+def _take(array: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of an array; zeros where the index is beyond its end."""
+    return jnp.take(array, index, axis=0, mode="fill", fill_value=0)
+
+
+# Both maps are gathers, and so are their gradients, which JAX would make scatters: it does not know
+# that slots and assignments correspond one to one. A scatter of rows takes five times as long on an
+# H200, and its order of additions is not fixed.
+
+
+@jax.custom_vjp
+def dispatch(x: jax.Array, slots: _Slots) -> jax.Array:
+    """Gathers tokens into slots: x [t, d] -> [s, d], zeros in empty slots."""
+    return _take(x, slots.assignment // slots.of_assignment.shape[1])
+
+
+def _dispatch_forward(x: jax.Array, slots: _Slots) -> tuple[jax.Array, _Slots]:
+    return dispatch(x, slots), slots
+
+
+def _dispatch_backward(slots: _Slots, d_slots: jax.Array) -> tuple[jax.Array, None]:
+    dx = _take(d_slots, slots.of_assignment)
+    if slots.of_assignment.shape[1] == 1:
+        return dx[:, 0], None
+    return dx.sum(1, dtype=jnp.float32).astype(d_slots.dtype), None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def combine(y: jax.Array, gate: jax.Array, slots: _Slots) -> jax.Array:
+    """Gathers slots back: y [s, d], gate [t, k] float32 -> [t, d] float32, summed over k."""
+    outputs = _take(y, slots.of_assignment).astype(jnp.float32)
+    return jnp.sum(outputs * gate[..., None], axis=1)
+
+
+def _combine_forward(
+    y: jax.Array, gate: jax.Array, slots: _Slots
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, _Slots]]:
+    return combine(y, gate, slots), (y, gate, slots)
+
+
+def _combine_backward(
+    saved: tuple[jax.Array, jax.Array, _Slots], d_tokens: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    y, gate, slots = saved
+    outputs = _take(y, slots.of_assignment).astype(jnp.float32)
+    d_gate = jnp.sum(outputs * d_tokens[:, None], axis=-1)
+    # Gathered in the experts' dtype, which is what the result is rounded to in any case.
+    of_slot = _take(d_tokens.astype(y.dtype), slots.assignment // gate.shape[1])
+    d_slots = of_slot * _take(gate.reshape(-1), slots.assignment).astype(y.dtype)[:, None]
+    return d_slots, d_gate, None
+
+
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+class _Kept(NamedTuple):
+    """Which assignments are computed, and their place among those of the same expert and group."""
+
+    is_kept: jax.Array  # [g, t, k]
+    ranks: jax.Array  # [g, t, k]
+    counts: jax.Array  # [g, e], kept assignments
+
+
+def _keep(
+    expert_index: jax.Array, is_wanted: jax.Array, num_experts: int, capacity: int | None
+) -> _Kept:
+    """Gives each expert's slots to the first `capacity` wanted assignments of every group."""
+    rank = functools.partial(ranks_within_expert, num_experts=num_experts)
+    ranks, counts = jax.vmap(rank)(expert_index, is_wanted)
+    is_kept = is_wanted
+    if capacity is not None:
+        is_kept &= ranks < capacity
+        counts = jnp.minimum(counts, capacity)
+    return _Kept(is_kept, ranks, counts)
+
+
+def block_rows(num_assignments: int, num_experts: int) -> int:
+    """Rows per block: about a quarter of an expert's mean load, a power of two from 16 to 128.
 
     Small blocks waste fewer rows (each expert's last block is half empty on average), large ones
-    read each expert's weights less often. One row per block is the decoding case: only the
-    chosen experts are touched.
+    read each expert's kernels less often.
     """
-    mean = num_assignments // max(num_experts, 1)
-    return int(min(256, 1 << max(0, (mean // 2).bit_length() - 1))) if mean >= 2 else 1
+    quarter = num_assignments // (4 * num_experts)
+    power = 1 << max(0, quarter.bit_length() - 1)
+    return min(max(power, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
-def apply_dropless(
+def _block_shape(num_assignments: int, num_experts: int) -> tuple[int, int]:
+    """Rows per block, and as many blocks as any loads can need."""
+    rows = block_rows(num_assignments, num_experts)
+    num_blocks = num_assignments // rows + min(num_experts, num_assignments)
+    if num_assignments >= num_experts * rows:
+        num_blocks += -num_blocks % num_experts  # so that equal shares are possible
+    return rows, num_blocks
+
+
+def apply_locally(
     x: jax.Array,
     expert_index: jax.Array,
     gate: jax.Array,
-    mask: jax.Array,
+    is_wanted: jax.Array,
     experts: Experts,
     activation: Activation,
     *,
-    model_axis: str | None = None,
+    capacity: int | None,
 ) -> MoeOutput:
-    """Sends every token to its experts; the cost grows with t * k, not with e.
+    """Runs tokens through experts that are all on this device; the cost follows the tokens kept.
 
-    Assignments are sorted by expert and each expert's rows padded to whole blocks; a block takes
-    the weights of its one expert. x [t, d], expert_index and gate [t, k], mask [t].
+    Rows are sorted by expert and each expert's padded to whole blocks; see `grouped_matmul`.
+
+    Args:
+      x: [g, t, d] tokens, in the experts' dtype.
+      expert_index: [g, t, k].
+      gate: [g, t, k] float32.
+      is_wanted: [g, t, k] bool; the other assignments take no slot.
+      experts: all of them.
+      activation: their non-linearity.
+      capacity: c, slots of an expert in each group; None drops nothing.
+
+    Returns:
+      The outputs.
     """
+    groups, tokens, dim = x.shape
+    topk, num_experts = expert_index.shape[-1], experts.wi.shape[0]
+    rows, num_blocks = _block_shape(groups * tokens * topk, num_experts)
+    num_rows = num_blocks * rows
+
+    kept = _keep(expert_index, is_wanted, num_experts, capacity)
+    counts = kept.counts.sum(0)
+    before = jnp.cumsum(kept.counts, axis=0) - kept.counts
+    ranks = kept.ranks + jnp.take_along_axis(
+        before, expert_index.reshape(groups, -1), axis=1
+    ).reshape(expert_index.shape)
+    blocks = make_blocks(counts, rows, num_blocks)
+    slot = blocks.first[expert_index] * rows + ranks
+    slot = jnp.where(kept.is_kept, slot, num_rows).astype(jnp.int32)
+    slots = _invert(slot.reshape(-1, topk), num_rows)
+    outputs = apply_to_blocks(dispatch(x.reshape(-1, dim), slots), experts, blocks, activation)
+    y = combine(outputs, gate.reshape(-1, topk), slots).reshape(groups, tokens, dim)
+    computed = jnp.sum(blocks.last - blocks.first) * rows
+    if blocks.is_even is not None:
+        computed = jnp.where(blocks.is_even, num_rows, computed)
+    return MoeOutput(y, kept.is_kept, computed.astype(jnp.float32))
+
+
+def _apply_few(
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate: jax.Array,
+    is_wanted: jax.Array,
+    experts: Experts,
+    activation: Activation,
+    *,
+    capacity: int | None,
+) -> MoeOutput:
+    """The same for a few tokens, without sorting."""
+    topk = expert_index.shape[-1]
+    kept = _keep(expert_index, is_wanted, experts.wi.shape[0], capacity)
+    y = apply_to_few(
+        x.reshape(-1, x.shape[-1]),
+        expert_index.reshape(-1, topk),
+        jnp.where(kept.is_kept, gate, 0.0).reshape(-1, topk),
+        experts,
+        activation,
+    )
+    return MoeOutput(y.reshape(x.shape), kept.is_kept, kept.counts.sum().astype(jnp.float32))
+
+
+def _apply_on_device(
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate: jax.Array,
+    is_wanted: jax.Array,
+    experts: Experts,
+    activation: Activation,
+    *,
+    capacity: int | None,
+) -> MoeOutput:
+    """Slots if they are about as many as sorted rows would be, else sorted rows.
+
+    Slots are one batched product, which is faster, but all of them are computed. Accelerators run
+    a few tokens as `_apply_few`.
+    """
+    groups, tokens, topk = expert_index.shape
     num_experts = experts.wi.shape[0]
-    num_tokens, topk = expert_index.shape
-    assignments = num_tokens * topk
-    rows = block_size(assignments, num_experts)
-    num_blocks = -(-assignments // rows) + (min(num_experts, assignments) if rows > 1 else 0)
-    ranks, counts = ranks_within_expert(expert_index, mask, num_experts)
-    blocks = -(-counts // rows)
-    last_block = jnp.cumsum(blocks)
-    first_row = (last_block - blocks) * rows
-    slot = jnp.where(mask[:, None], first_row[expert_index] + ranks, num_blocks * rows)
-    expert_of_block = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
-    expert_of_block = jnp.minimum(expert_of_block, num_experts - 1)
-    block_weights = jax.tree.map(lambda array: array[expert_of_block], experts)
-    inputs = dispatch(x, slot, num_blocks * rows).reshape(num_blocks, rows, -1)
-    outputs = apply_experts(inputs, block_weights, activation, model_axis=model_axis)
-    y = combine(outputs.reshape(num_blocks * rows, -1), slot, gate)
-    is_kept = jnp.broadcast_to(mask[:, None], expert_index.shape)
-    return MoeOutput(y, is_kept, jnp.float32(num_blocks * rows))
+    apply: Any = functools.partial(apply_locally, activation=activation, capacity=capacity)
+    if capacity is not None:
+        rows, num_blocks = _block_shape(groups * tokens * topk, num_experts)
+        if num_experts * groups * capacity <= _SLOTS_PER_ROW * rows * num_blocks:
+            apply = functools.partial(
+                apply_with_capacity,
+                activation=activation,
+                capacity=capacity,
+                num_experts=num_experts,
+                expert_axes=(),
+            )
+    arrays = (x, expert_index, gate, is_wanted, experts)
+    if groups * tokens > _FEW_TOKENS:
+        return apply(*arrays)
+    few = functools.partial(_apply_few, activation=activation, capacity=capacity)
+    return jax.lax.platform_dependent(*arrays, cpu=apply, default=few)
 
 
 def apply_with_capacity(
     x: jax.Array,
     expert_index: jax.Array,
     gate: jax.Array,
-    mask: jax.Array,
+    is_wanted: jax.Array,
     experts: Experts,
     activation: Activation,
     *,
     capacity: int,
     num_experts: int,
-    expert_axis: str | None = None,
+    expert_axes: tuple[str, ...],
     model_axis: str | None = None,
 ) -> MoeOutput:
     """Gives each expert `capacity` slots per group; assignments beyond them are dropped.
@@ -158,40 +298,34 @@ def apply_with_capacity(
       x: [g, t, d] local tokens.
       expert_index: [g, t, k].
       gate: [g, t, k].
-      mask: [g, t].
+      is_wanted: [g, t, k] bool; the other assignments take no slot.
       experts: this device's experts.
       activation: their non-linearity.
       capacity: c.
       num_experts: experts with slots, those of every device together, padding included.
-      expert_axis: mesh axis over which experts are divided; tokens cross it by all-to-all.
+      expert_axes: mesh axes over which experts are divided; slots cross them by all-to-all.
       model_axis: mesh axis over which f is divided.
 
     Returns:
       The outputs of the local tokens.
     """
     groups, _, dim = x.shape
-    num_slots = num_experts * capacity
-
-    def choose_slots(index: jax.Array, is_token: jax.Array) -> jax.Array:
-        ranks, _ = ranks_within_expert(index, is_token, num_experts)
-        fits = is_token[:, None] & (ranks < capacity)
-        return jnp.where(fits, index * capacity + ranks, num_slots)
-
-    slot = jax.vmap(choose_slots)(expert_index, mask)
-    inputs = jax.vmap(lambda x_g, slot_g: dispatch(x_g, slot_g, num_slots))(x, slot)
-    # [g, e * c, d] -> [e, g * c, d]
-    inputs = inputs.reshape(groups, num_experts, capacity, dim).swapaxes(0, 1)
-    inputs = inputs.reshape(num_experts, groups * capacity, dim)
-    if expert_axis is not None:
+    topk = expert_index.shape[-1]
+    num_slots = num_experts * groups * capacity
+    kept = _keep(expert_index, is_wanted, num_experts, capacity)
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    slot = (expert_index * groups + group) * capacity + kept.ranks
+    slot = jnp.where(kept.is_kept, slot, num_slots).astype(jnp.int32)
+    slots = _invert(slot.reshape(-1, topk), num_slots)
+    inputs = dispatch(x.reshape(-1, dim), slots).reshape(num_experts, groups * capacity, dim)
+    if expert_axes:
         # Each device keeps its own experts' slots of every device: [e / n, n * g * c, d].
-        inputs = jax.lax.all_to_all(inputs, expert_axis, split_axis=0, concat_axis=1, tiled=True)
+        inputs = jax.lax.all_to_all(inputs, expert_axes, split_axis=0, concat_axis=1, tiled=True)
     outputs = apply_experts(inputs, experts, activation, model_axis=model_axis)
-    if expert_axis is not None:
-        outputs = jax.lax.all_to_all(outputs, expert_axis, split_axis=1, concat_axis=0, tiled=True)
-    outputs = outputs.reshape(num_experts, groups, capacity, dim).swapaxes(0, 1)
-    outputs = outputs.reshape(groups, num_slots, dim)
-    y = jax.vmap(combine)(outputs, slot, gate)
-    return MoeOutput(y, slot < num_slots, jnp.float32(groups * num_slots))
+    if expert_axes:
+        outputs = jax.lax.all_to_all(outputs, expert_axes, split_axis=1, concat_axis=0, tiled=True)
+    y = combine(outputs.reshape(num_slots, dim), gate.reshape(-1, topk), slots)
+    return MoeOutput(y.reshape(x.shape), kept.is_kept, jnp.float32(num_slots))
 
 
 def apply_moe(
@@ -204,51 +338,52 @@ def apply_moe(
     *,
     capacity: int | None,
     mesh: Mesh | None,
+    expert_axes: tuple[str, ...] = ("expert",),
 ) -> MoeOutput:
     """Runs the experts of one layer on tokens [g, t, d], on one device or on a mesh.
 
-    On a mesh, groups are divided over (data, expert) and experts over `expert`, padded there with
-    experts that the router cannot choose if their number does not divide; hidden units are
-    divided over `model` where that divides f. `capacity` None is dropless: sorted blocks where no
-    all-to-all is needed, else slots for every local token.
+    On a mesh, groups are divided over (data, expert). Experts are divided over `expert_axes`,
+    padded there with experts that the router cannot choose if their number does not divide; with
+    no axes every device holds them all and no token crosses the mesh. Hidden units are divided
+    over `model` where that divides f. `capacity` None drops nothing: where experts are divided,
+    every device of their group then sees all tokens of the group (an all-gather, and a
+    reduce-scatter of the results), because a buffer of fixed size for each pair of devices would
+    have to hold as many, all computed.
     """
+    is_wanted = jnp.broadcast_to(mask[..., None], expert_index.shape)
     if mesh is None:
-        if capacity is None:
-            groups, tokens, dim = x.shape
-            out = apply_dropless(
-                x.reshape(groups * tokens, dim),
-                expert_index.reshape(groups * tokens, -1),
-                gate.reshape(groups * tokens, -1),
-                mask.reshape(-1),
-                experts,
-                activation,
-            )
-            return out._replace(
-                y=out.y.reshape(groups, tokens, dim), is_kept=out.is_kept.reshape(gate.shape)
-            )
-        num_experts = experts.wi.shape[0]
-        return apply_with_capacity(
-            x,
-            expert_index,
-            gate,
-            mask,
-            experts,
-            activation,
-            capacity=capacity,
-            num_experts=num_experts,
+        return _apply_on_device(
+            x, expert_index, gate, is_wanted, experts, activation, capacity=capacity
         )
-    return _apply_moe_on_mesh(
-        x, expert_index, gate, mask, experts, activation, capacity=capacity, mesh=mesh
+    return _apply_on_mesh(
+        x,
+        expert_index,
+        gate,
+        is_wanted,
+        experts,
+        activation,
+        capacity=capacity,
+        mesh=mesh,
+        expert_axes=expert_axes,
     )
 
 
-def _apply_moe_on_mesh(
-    x, expert_index, gate, mask, experts, activation, *, capacity, mesh
+def _apply_on_mesh(
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate: jax.Array,
+    is_wanted: jax.Array,
+    experts: Experts,
+    activation: Activation,
+    *,
+    capacity: int | None,
+    mesh: Mesh,
+    expert_axes: tuple[str, ...],
 ) -> MoeOutput:
     """The sharded path of `apply_moe`."""
     num_experts, _, mlp_dim = experts.wi.shape
-    expert_partitions = axis_size(mesh, "expert")
-    padding = -num_experts % expert_partitions
+    axes = tuple(axis for axis in expert_axes if mesh.shape[axis] > 1)
+    padding = -num_experts % axis_size(mesh, axes)
     if padding:
         # Storage of such a layer is divided along another axis (partitioning.parameter_spec).
         # Gather it by name, or the partitioner does so with a warning per array.
@@ -257,44 +392,44 @@ def _apply_moe_on_mesh(
             lambda array: jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1)), experts
         )
     model = "model" if mesh.shape["model"] > 1 and mlp_dim % mesh.shape["model"] == 0 else None
-    expert_axis = "expert" if expert_partitions > 1 else None
     spec = PartitionSpec
+    divided = axes or None
     specs = {
-        "wi": spec("expert", None, model),
-        "wo": spec("expert", model, None),
-        "wg": spec("expert", None, model),
-        "wi_bias": spec("expert", model),
-        "wo_bias": spec("expert", None),
-        "wg_bias": spec("expert", model),
+        "wi": spec(divided, None, model),
+        "wo": spec(divided, model, None),
+        "wg": spec(divided, None, model),
+        "wi_bias": spec(divided, model),
+        "wo_bias": spec(divided, None),
+        "wg_bias": spec(divided, model),
     }
     # _make, because this tuple holds specs in the places of arrays; None where there is none.
     expert_specs = Experts._make(
         None if array is None else specs[name] for name, array in experts._asdict().items()
     )
 
-    def body(x, expert_index, gate, mask, experts) -> MoeOutput:
-        if capacity is None and expert_axis is None:
-            out = jax.vmap(
-                lambda x_g, index_g, gate_g, mask_g: apply_dropless(
-                    x_g, index_g, gate_g, mask_g, experts, activation, model_axis=model
-                )
-            )(x, expert_index, gate, mask)
-            num_slots = out.num_slots.sum()
+    def body(x, expert_index, gate, is_wanted, experts) -> MoeOutput:
+        if not axes:
+            out = _apply_replicated(
+                x, expert_index, gate, is_wanted, experts, activation, capacity, model
+            )
+        elif capacity is None:
+            out = _apply_gathered(
+                x, expert_index, gate, is_wanted, experts, activation, axes, model
+            )
         else:
             out = apply_with_capacity(
                 x,
                 expert_index,
                 gate,
-                mask,
+                is_wanted,
                 experts,
                 activation,
-                capacity=x.shape[1] if capacity is None else capacity,
+                capacity=capacity,
                 num_experts=num_experts + padding,
-                expert_axis=expert_axis,
+                expert_axes=axes,
                 model_axis=model,
             )
-            num_slots = out.num_slots
-        return out._replace(num_slots=jax.lax.psum(num_slots, TOKEN_AXES))
+        return out._replace(num_slots=jax.lax.psum(out.num_slots, TOKEN_AXES))
 
     tokens = spec(TOKEN_AXES)
     return jax.shard_map(
@@ -303,4 +438,56 @@ def _apply_moe_on_mesh(
         in_specs=(tokens, tokens, tokens, tokens, expert_specs),
         out_specs=MoeOutput._make([tokens, tokens, spec()]),
         check_vma=False,
-    )(x, expert_index, gate, mask, experts)
+    )(x, expert_index, gate, is_wanted, experts)
+
+
+def _apply_replicated(
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate: jax.Array,
+    is_wanted: jax.Array,
+    experts: Experts,
+    activation: Activation,
+    capacity: int | None,
+    model_axis: str | None,
+) -> MoeOutput:
+    """A device's tokens through all experts, or through its part of their hidden units."""
+    if model_axis is not None and experts.wo_bias is not None:
+        # One part of the hidden units brings the bias, so that the sum has it once.
+        is_first = jax.lax.axis_index(model_axis) == 0
+        experts = experts._replace(wo_bias=jnp.where(is_first, experts.wo_bias, 0))
+    out = _apply_on_device(x, expert_index, gate, is_wanted, experts, activation, capacity=capacity)
+    return out if model_axis is None else out._replace(y=jax.lax.psum(out.y, model_axis))
+
+
+def _apply_gathered(
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate: jax.Array,
+    is_wanted: jax.Array,
+    experts: Experts,
+    activation: Activation,
+    expert_axes: tuple[str, ...],
+    model_axis: str | None,
+) -> MoeOutput:
+    """Without drops: each device runs its experts on all tokens of the group that chose them."""
+    num_local = experts.wi.shape[0]
+    first = jax.lax.axis_index(expert_axes) * num_local
+
+    def gather(array: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(array, expert_axes, axis=0, tiled=True)
+
+    index = gather(expert_index) - first
+    is_here = (index >= 0) & (index < num_local) & gather(is_wanted)
+    out = _apply_replicated(
+        gather(x),
+        jnp.where(is_here, index, 0),
+        gather(gate),
+        is_here,
+        experts,
+        activation,
+        None,
+        model_axis,
+    )
+    y = jax.lax.psum_scatter(out.y, expert_axes, scatter_dimension=0, tiled=True)
+    return MoeOutput(y, is_wanted, out.num_slots)

@@ -30,12 +30,14 @@ class MoeLayer(nn.Module):
       layer: index of this layer, which picks its number of experts.
       mesh: None on one device.
       num_groups: token groups that share slots; by default one per device that holds tokens.
+      expert_axes: mesh axes that divide the experts; () if every device holds them all.
     """
 
     config: ModelConfig
     layer: int
     mesh: Mesh | None = None
     num_groups: int | None = None
+    expert_axes: tuple[str, ...] = ("expert",)
 
     @nn.compact
     def __call__(
@@ -81,6 +83,7 @@ class MoeLayer(nn.Module):
             layers.activation(config),
             capacity=capacity,
             mesh=self.mesh,
+            expert_axes=self.expert_axes,
         )
         y = out.y.reshape(-1, dim)[: batch * length].reshape(batch, length, dim)
         is_kept = out.is_kept.reshape(-1, topk)[: batch * length].reshape(batch, length, topk)
@@ -131,6 +134,7 @@ class MoeLayer(nn.Module):
                     activation,
                     capacity=None,
                     mesh=self.mesh,
+                    expert_axes=self.expert_axes,
                 )
                 outputs.append(out.y.reshape(-1, x.shape[-1])[: mask.size])
             stacked = jnp.stack(outputs, axis=1).reshape(*expert_index.shape, x.shape[-1])

@@ -5,6 +5,7 @@ Axes: t token, e expert, k topk, c slot. Everything here is float32 or int32.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -44,22 +45,38 @@ def ranks_within_expert(
 
     Args:
       expert_index: [t, k] int32.
-      mask: [t] bool; tokens outside it are numbered after all others and belong to no expert.
+      mask: [t] or [t, k] bool; assignments outside it belong to no expert and count nowhere.
       num_experts: e.
 
     Returns:
-      ranks [t, k] int32, the number of earlier assignments to the same expert; and counts [e]
-      int32, assignments per expert.
+      ranks [t, k] int32, the number of earlier assignments to the same expert (any number outside
+      the mask); and counts [e] int32, assignments per expert.
     """
     num_tokens, topk = expert_index.shape
+    mask = mask.reshape(num_tokens, -1)
     # k-major: all first choices come before any second choice, so they win slots.
-    flat = jnp.where(mask[:, None], expert_index, num_experts).T.reshape(-1)
+    flat = jnp.where(mask, expert_index, num_experts).astype(jnp.int32).T.reshape(-1)
+    # Sorting is cheaper than e columns of sums on a CPU; an accelerator does those in one pass.
+    ranks, counts = jax.lax.platform_dependent(
+        flat,
+        cpu=functools.partial(_ranks_by_sorting, num_experts=num_experts),
+        default=functools.partial(_ranks_by_sums, num_experts=num_experts),
+    )
+    return ranks.reshape(topk, num_tokens).T, counts
+
+
+def _ranks_by_sorting(flat: jax.Array, *, num_experts: int) -> tuple[jax.Array, jax.Array]:
     counts = jnp.bincount(flat, length=num_experts + 1).astype(jnp.int32)
     starts = jnp.cumsum(counts) - counts
     order = jnp.argsort(flat, stable=True)
     position = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=flat.dtype))
-    ranks = (position - starts[flat]).reshape(topk, num_tokens).T
-    return ranks.astype(jnp.int32), counts[:num_experts]
+    return position - starts[flat], counts[:num_experts]
+
+
+def _ranks_by_sums(flat: jax.Array, *, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    is_chosen = (flat[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
+    up_to_here = jnp.cumsum(is_chosen, axis=0)
+    return jnp.sum((up_to_here - is_chosen) * is_chosen, axis=1), up_to_here[-1]
 
 
 def load_balancing_loss(

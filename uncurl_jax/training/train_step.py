@@ -20,6 +20,7 @@ from uncurl_jax.models.decoder import (
     moe_metrics,
     select_targets,
 )
+from uncurl_jax.partitioning import ExpertAxes
 from uncurl_jax.training import distillation, losses, optimizer
 
 
@@ -94,7 +95,7 @@ def from_state_dict(template: Any, values: Any) -> Any:
 
 def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh | None) -> tuple[Any, Any]:
     """Returns (parameters, optimizer state) as ShapeDtypeStructs with shardings, to restore."""
-    params = abstract_params(model, mesh)
+    params = abstract_params(model, mesh, config.expert_axes)
     transformation = optimizer.make_optimizer(config.optimizer, config.num_steps, config.trainable)
     opt_state = jax.eval_shape(transformation.init, params)
     if mesh is not None:
@@ -133,6 +134,7 @@ def make_train_step(
         config.accumulation_steps,
         mesh,
         num_groups,
+        config.expert_axes,
         target_length,
         teacher,
     )
@@ -147,10 +149,11 @@ def _compiled_step(
     accumulation,
     mesh,
     num_groups,
+    expert_axes: ExpertAxes | None,
     target_length,
     teacher,
 ):
-    decoder = Decoder(model, mesh, num_groups)
+    decoder = Decoder(model, mesh, num_groups, expert_axes)
     # Router logits are observed if they are compared.
     has_router_term = teacher is not None and bool(teacher.clusters)
     mutable = ["intermediates", *(["router_observations"] if has_router_term else [])]
@@ -160,7 +163,7 @@ def _compiled_step(
     def teach(
         spec: distillation.Teacher, teacher_params: Params, part: Any, window: jax.Array | None
     ) -> distillation.Observed:
-        logits, sown = Decoder(spec.model, mesh, num_groups).apply(
+        logits, sown = Decoder(spec.model, mesh, num_groups, expert_axes).apply(
             {"params": jax.lax.stop_gradient(teacher_params)},
             part.inputs,
             part.mask,
