@@ -1,58 +1,54 @@
-# Sourced by the other scripts: options they share, and running or printing a command.
+# Sourced by the other scripts: their options, and the sentence that says what is wrong with them.
 # shellcheck shell=bash disable=SC2034
 
-NAME="" ZONE="" PROJECT="" SLICE="" SPOT="" DETACH="" DRY_RUN="" COMMAND=()
+((BASH_VERSINFO[0] * 10 + BASH_VERSINFO[1] >= 44)) || {
+  echo "$(basename "$0"): bash must be 4.4 or newer, got $BASH_VERSION; install a newer one." >&2
+  exit 2
+}
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=commands.sh disable=SC1091
+source "$ROOT/tpu_scripts/commands.sh"
+COMMAND=()
 
-fail() {
+fail() { # sentence; for input that is wrong
   echo "$(basename "$0"): $1" >&2
   exit 2
 }
 
-# The help of a script is the comment at its top.
-print_help() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
-
-# parse_options "name zone [slice] [command]" "$@": what is named there is required.
+# parse_options REQUIRED OPTIONAL FLAGS "$@": three lists of names. Option --some_name VALUE sets
+# SOME_NAME, a flag sets it to 1; the flag "--" lets words follow --, which become COMMAND.
 parse_options() {
-  local required=$1 option
-  shift
+  local required=$1 values=" $1 $2 " flags=" $3 dry_run " option name value
+  shift 3
+  for name in $values ${flags/ -- / }; do printf -v "${name^^}" %s ""; done
   while (($#)); do
-    option=$1
+    option=$1 name=${1%%=*} name=${name#--}
     shift
-    case "$option" in
-      --help) print_help && exit 0 ;;
-      --dry_run) DRY_RUN=1 ;;
-      --spot) SPOT=1 ;;
-      --detach) DETACH=1 ;;
-      --name | --zone | --project | --slice)
-        (($#)) || fail "$option needs a value; see --help."
-        printf -v "$(tr 'a-z-' 'A-Z_' <<<"${option#--}")" %s "$1"
-        shift
-        ;;
-      --) COMMAND=("$@") && break ;;
-      *) fail "unknown option $option; see --help." ;;
-    esac
+    if [[ $option == --help ]]; then
+      sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0" # the comment at the top of the script
+      exit 0
+    elif [[ $option == -- && $flags == *" -- "* ]]; then
+      COMMAND=("$@")
+      break
+    elif [[ $option == --[a-z]* && $flags == *" ${option#--} "* ]]; then
+      printf -v "${name^^}" %s 1
+    elif [[ $option == --[a-z]* && $values == *" $name "* ]]; then
+      [[ $option == *=* ]] || { option+="=${1-}" && shift "$((!!$#))"; }
+      value=${option#*=} option=${name^^}
+      [[ $value && $value != --* ]] || fail "--$name needs a value, got '$value'; see --help."
+      [[ -z ${!option} ]] || fail "--$name must be given once, got ${!option} and $value."
+      printf -v "$option" %s "$value"
+    else
+      fail "unknown option $option; see --help."
+    fi
   done
-  for option in $required; do
-    case "$option" in
-      command) ((${#COMMAND[@]})) || fail "a command is required after --; see --help." ;;
-      name) [[ $NAME ]] || fail "--name is required; see --help." ;;
-      zone) [[ $ZONE ]] || fail "--zone is required; see --help." ;;
-      slice) [[ $SLICE ]] || fail "--slice is required; see --help." ;;
-    esac
+  for name in $required; do
+    option=${name^^}
+    [[ ${!option} ]] || fail "--$name is required, got none; see --help."
   done
-  LOCATION=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
-}
-
-# Runs a command, or prints it so that it can be pasted into a shell.
-run() {
-  if [[ ! $DRY_RUN ]]; then
-    "$@"
-    return
-  fi
-  local word line=""
-  for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-    line+=" $word"
-  done
-  echo "${line# }"
+  name='[a-z][-a-z0-9]*'
+  option="a-z, 0-9 and hyphens, beginning with a letter"
+  [[ -z ${NAME-} ]] || require_match name "$NAME" "$name" "$option"
+  [[ -z ${NAMES-} ]] || require_match names "$NAMES" "$name(,$name)*" "names with commas: $option"
+  LOCATION=(${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"})
 }

@@ -1,39 +1,51 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice as a queued resource and waits until it is there.
+# Asks for a TPU slice and waits until it is there: as a queued resource, or at once with --vm.
 #
-# usage: create_tpu.sh --name NAME --zone ZONE --slice SLICE [--project PROJECT] [--spot] [--dry_run]
-#   --slice    a file of configs/slices without .json: v5e-16, v5e-64, v5e-256, v5p-32, v5p-128, v6e-16
-#   --spot     a spot slice: cheaper, may be taken away at any time
-#   --dry_run  print the gcloud commands instead of running them
+# usage: create_tpu.sh --name NAME --zone ZONE --slice SLICE [--project PROJECT] [--vm] [--spot]
+#          [--valid_for DURATION] [--dry_run] [-- GCLOUD OPTIONS]
+#   --slice      a file of configs/slices without .json: v5e-16, v5p-32, v6e-16, ...
+#   --vm         a TPU VM directly: fails at once where there is none, instead of queueing
+#   --spot       a spot slice: cheaper, may be taken away at any time
+#   --valid_for  withdraw the request if it is not served by then: 30m, 6h, 2d; not with --vm
+#   --dry_run    print the gcloud commands instead of running them
+#   --           passed on, for example --service-account=EMAIL --network=NETWORK --reserved
 #
-# The slice costs money from the moment it is ACTIVE until delete_tpu.sh. Stopping this script does
+# The slice costs money from the moment it is there until delete_tpu.sh. Stopping this script does
 # not withdraw the request; the last command that --dry_run prints shows its state.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$root/tpu_scripts/common.sh"
-parse_options "name zone slice" "$@"
+# shellcheck source-path=SCRIPTDIR source=common.sh disable=SC1091
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse_options "name zone slice" "project valid_for" "vm spot --" "$@"
+read_slice
+[[ -z $VM || -z $VALID_FOR ]] || fail "--valid_for goes with a queue, got it with --vm; drop one."
+[[ -z $VALID_FOR ]] || require_match valid_for "$VALID_FOR" '[0-9]+[smhd]' "a time such as 6h"
+require_tools gcloud
 
-file=$root/configs/slices/$SLICE.json
-known=$(cd "$root/configs/slices" && ls -- *.json | sed 's/\.json$//' | paste -sd ' ')
-[[ -f $file ]] || fail "--slice must be one of $known, got $SLICE."
-field() { sed -n "s/^ *\"$1\": \"\(.*\)\",\{0,1\}$/\1/p" "$file"; }
-
+type=--accelerator-type=$(field accelerator_type)
+runtime=$(field runtime_version)
+if [[ $VM ]]; then
+  run gcloud compute tpus tpu-vm create "$NAME" "${LOCATION[@]}" "$type" --version="$runtime" \
+    ${SPOT:+--spot} "${COMMAND[@]}"
+  exit
+fi
 run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${LOCATION[@]}" \
-  --accelerator-type="$(field accelerator_type)" --runtime-version="$(field runtime_version)" \
-  ${SPOT:+--spot}
+  "$type" --runtime-version="$runtime" ${SPOT:+--spot} \
+  ${VALID_FOR:+--valid-until-duration="$VALID_FOR"} "${COMMAND[@]}"
 
 describe=(gcloud compute tpus queued-resources describe "$NAME" "${LOCATION[@]}"
   "--format=value(state.state)")
 if [[ $DRY_RUN ]]; then
   run "${describe[@]}"
-  exit 0
+  exit
 fi
-while state=$("${describe[@]}"); do
+while true; do
+  state=$("${describe[@]}")
   echo "$(date +%H:%M:%S) $NAME: $state"
   case "$state" in
-    ACTIVE) exit 0 ;;
+    ACTIVE) exit ;;
     FAILED | SUSPENDED | SUSPENDING)
-      fail "$NAME is $state: look at 'gcloud compute tpus queued-resources describe $NAME', then delete it."
+      echo "create_tpu.sh: $NAME is $state; docs/cloud_tpu.md says how to find out why." >&2
+      exit 1
       ;;
   esac
   sleep 30
