@@ -155,8 +155,30 @@ class Decoder(nn.Module):
             x = jnp.take_along_axis(x, logit_positions[..., None], axis=1)
         x = layers.layer_norm(config, "final_norm")(x).astype(dtype)
         embedding = jnp.asarray(embedder.embedding, dtype)
-        # bld,vd->blv: the output projection is the token embedding; logits stay float32.
-        return jnp.einsum("bld,vd->blv", x, embedding, preferred_element_type=jnp.float32)
+        return _logits(x, embedding)
+
+
+@jax.custom_vjp
+def _logits(x: jax.Array, embedding: jax.Array) -> jax.Array:
+    """Multiplies by the token embedding: x [b, l, d], embedding [v, d] -> [b, l, v] float32.
+
+    The gradient is rounded to x's dtype before its two products, which would otherwise be float32
+    products of the largest arrays there are.
+    """
+    return jnp.einsum("bld,vd->blv", x, embedding, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x: jax.Array, embedding: jax.Array) -> tuple[jax.Array, Any]:
+    return _logits(x, embedding), (x, embedding)
+
+
+def _logits_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, embedding = saved
+    g = g.astype(x.dtype)
+    return jnp.einsum("blv,vd->bld", g, embedding), jnp.einsum("blv,bld->vd", g, x)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 class ParameterCount(NamedTuple):

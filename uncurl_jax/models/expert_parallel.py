@@ -36,7 +36,7 @@ __all__ = ["Activation", "Experts", "MoeOutput", "apply_experts", "apply_moe"]
 _FEW_TOKENS = 64
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
 # Slots are computed at once, rows a little slower (docs/performance.md).
-_SLOTS_PER_ROW = 1.25
+SLOTS_PER_ROW = 1.25
 
 
 class MoeOutput(NamedTuple):
@@ -163,8 +163,8 @@ def block_rows(num_assignments: int, num_experts: int) -> int:
     return min(max(power, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
-def _block_shape(num_assignments: int, num_experts: int) -> tuple[int, int]:
-    """Rows per block, and as many blocks as any loads can need."""
+def block_shape(num_assignments: int, num_experts: int) -> tuple[int, int]:
+    """Rows per block, and as many blocks as any loads of the experts can need."""
     rows = block_rows(num_assignments, num_experts)
     num_blocks = num_assignments // rows + min(num_experts, num_assignments)
     if num_assignments >= num_experts * rows:
@@ -181,6 +181,7 @@ def apply_locally(
     activation: Activation,
     *,
     capacity: int | None,
+    may_be_even: bool = True,
 ) -> MoeOutput:
     """Runs tokens through experts that are all on this device; the cost follows the tokens kept.
 
@@ -194,13 +195,14 @@ def apply_locally(
       experts: all of them.
       activation: their non-linearity.
       capacity: c, slots of an expert in each group; None drops nothing.
+      may_be_even: see `grouped_matmul.make_blocks`.
 
     Returns:
       The outputs.
     """
     groups, tokens, dim = x.shape
     topk, num_experts = expert_index.shape[-1], experts.wi.shape[0]
-    rows, num_blocks = _block_shape(groups * tokens * topk, num_experts)
+    rows, num_blocks = block_shape(groups * tokens * topk, num_experts)
     num_rows = num_blocks * rows
 
     kept = _keep(expert_index, is_wanted, num_experts, capacity)
@@ -209,7 +211,7 @@ def apply_locally(
     ranks = kept.ranks + jnp.take_along_axis(
         before, expert_index.reshape(groups, -1), axis=1
     ).reshape(expert_index.shape)
-    blocks = make_blocks(counts, rows, num_blocks)
+    blocks = make_blocks(counts, rows, num_blocks, may_be_even=may_be_even)
     slot = blocks.first[expert_index] * rows + ranks
     slot = jnp.where(kept.is_kept, slot, num_rows).astype(jnp.int32)
     slots = _invert(slot.reshape(-1, topk), num_rows)
@@ -253,6 +255,7 @@ def _apply_on_device(
     activation: Activation,
     *,
     capacity: int | None,
+    may_be_even: bool = True,
 ) -> MoeOutput:
     """Slots if they are about as many as sorted rows would be, else sorted rows.
 
@@ -261,10 +264,12 @@ def _apply_on_device(
     """
     groups, tokens, topk = expert_index.shape
     num_experts = experts.wi.shape[0]
-    apply: Any = functools.partial(apply_locally, activation=activation, capacity=capacity)
+    apply: Any = functools.partial(
+        apply_locally, activation=activation, capacity=capacity, may_be_even=may_be_even
+    )
     if capacity is not None:
-        rows, num_blocks = _block_shape(groups * tokens * topk, num_experts)
-        if num_experts * groups * capacity <= _SLOTS_PER_ROW * rows * num_blocks:
+        rows, num_blocks = block_shape(groups * tokens * topk, num_experts)
+        if num_experts * groups * capacity <= SLOTS_PER_ROW * rows * num_blocks:
             apply = functools.partial(
                 apply_with_capacity,
                 activation=activation,
@@ -450,13 +455,23 @@ def _apply_replicated(
     activation: Activation,
     capacity: int | None,
     model_axis: str | None,
+    may_be_even: bool = True,
 ) -> MoeOutput:
     """A device's tokens through all experts, or through its part of their hidden units."""
     if model_axis is not None and experts.wo_bias is not None:
         # One part of the hidden units brings the bias, so that the sum has it once.
         is_first = jax.lax.axis_index(model_axis) == 0
         experts = experts._replace(wo_bias=jnp.where(is_first, experts.wo_bias, 0))
-    out = _apply_on_device(x, expert_index, gate, is_wanted, experts, activation, capacity=capacity)
+    out = _apply_on_device(
+        x,
+        expert_index,
+        gate,
+        is_wanted,
+        experts,
+        activation,
+        capacity=capacity,
+        may_be_even=may_be_even,
+    )
     return out if model_axis is None else out._replace(y=jax.lax.psum(out.y, model_axis))
 
 
@@ -488,6 +503,7 @@ def _apply_gathered(
         activation,
         None,
         model_axis,
+        may_be_even=False,  # most of the assignments are other devices'
     )
     y = jax.lax.psum_scatter(out.y, expert_axes, scatter_dimension=0, tiled=True)
     return MoeOutput(y, is_wanted, out.num_slots)
