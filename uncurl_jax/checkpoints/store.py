@@ -40,6 +40,18 @@ class Restored(NamedTuple):
     param_states: Any
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves the question of preemption to the training loop.
+
+    Every question is counted by JAX's preemption service (see training.preemption). Orbax asks too,
+    with the number of the step and partly from a background thread of the first process: processes
+    would disagree on where to stop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class CheckpointStore:
     """A checkpoint directory that a training run writes to; a context manager.
 
@@ -100,7 +112,7 @@ class CheckpointStore:
                 leftover.rmtree(missing_ok=True)
             self._purge_deleted()
         ocp.multihost.sync_global_processes("uncurl_jax:checkpoint_store:ready")
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 step_prefix=layout.CHECKPOINT_PREFIX,

@@ -33,12 +33,19 @@ from uncurl_jax.config import ModelConfig, TrainConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
 from uncurl_jax.models.decoder import count_parameters, init_params
-from uncurl_jax.partitioning import check_batch_size, make_mesh, place_batch
-from uncurl_jax.training import distillation, throughput, train_step
+from uncurl_jax.partitioning import (
+    check_batch_size,
+    check_expert_axes,
+    make_mesh,
+    place_batch,
+)
+from uncurl_jax.training import distillation, preemption, throughput, train_step
 
 _RUN_FILE = "train_config.json"
 _SUMMARY_FILE = "train_summary.json"
 _METRICS_FILE = "metrics.jsonl"
+# Settings of TrainConfig that say where a run is computed, not what.
+_TOPOLOGY = frozenset({"expert_partitions", "model_partitions", "expert_axes"})
 
 
 class TrainResult(NamedTuple):
@@ -99,7 +106,16 @@ def train(
     """Trains one stage: pretraining, router-only warm-up or fine-tuning.
 
     An unfinished stage in `out` with the same configuration and inputs goes on from its latest
-    checkpoint and gives the losses that an uninterrupted run gives.
+    checkpoint and gives the losses that an uninterrupted run gives: bit by bit on the same devices
+    and processes, and to rounding (sums in another order) on others. Number of devices, number of
+    processes, `expert_partitions`, `model_partitions` and `expert_axes` may all change. One thing
+    then changes with them: a capacity counts for the tokens of one group, of which there is one for
+    each device that holds tokens (data * expert partitions). So beyond rounding the losses agree if
+    the model is dropless (`capacity_factor=None`) or no token is dropped on either topology
+    (`fraction_tokens_left_behind` is 0); otherwise other tokens are dropped from there on.
+
+    On SIGTERM the current step is finished, its metrics are written and a checkpoint is saved
+    whatever `save_every_steps` says; see `preemption`, also for several processes.
 
     Args:
       config: what to do; `config.model` must be set unless there is an initial checkpoint.
@@ -118,6 +134,7 @@ def train(
     Raises:
       InputError: If the inputs do not fit together, or `out` holds something else.
       RuntimeError: If the loss stops being finite.
+      preemption.Preempted: After a SIGTERM; a SystemExit with status 143.
     """
     if layout.is_remote(out):
         raise InputError(
@@ -126,17 +143,18 @@ def train(
         )
     run = _check(config, Path(cache), Path(out), initial_checkpoint, teacher)
     is_first_process = jax.process_index() == 0
-    with store.CheckpointStore(
+    checkpoints = store.CheckpointStore(
         run.out,
         model_config=run.model,
         provenance=run.record["provenance"],
         vocabulary=run.record["vocabulary"],
         max_to_keep=config.max_to_keep,
-    ) as checkpoints:
+    )
+    with preemption.Watch() as watch, checkpoints:
         if is_first_process:
             write_json(run.out / _RUN_FILE, run.record)
         state = _first_state(run, checkpoints.latest_step())
-        result = _loop(run, state, checkpoints, stop_after_step, quiet)
+        result = _loop(run, state, checkpoints, watch, stop_after_step, quiet)
     if is_first_process and result.step == config.num_steps:
         summary = {
             "checkpoint": f"checkpoint_{result.step}",
@@ -207,6 +225,7 @@ def _check(
     )
     mesh = mesh if mesh.size > 1 else None
     check_batch_size(config.batch_size, mesh)
+    check_expert_axes(config.expert_axes, model.num_layers)
     teacher = _check_teacher(config, teacher_path, model, initial_path, cache, length)
     if teacher is not None:
         provenance["teacher"] = teacher.record
@@ -228,7 +247,7 @@ def _check(
             f"An output must not exist yet, got a finished run in {out}: choose another --out."
         )
     if (out / _RUN_FILE).exists():
-        if read_json(out / _RUN_FILE) != record:
+        if _what_is_computed(read_json(out / _RUN_FILE)) != _what_is_computed(record):
             raise InputError(
                 f"An unfinished run goes on with the configuration it began with, got another than "
                 f"{out / _RUN_FILE}: restore that configuration or choose another --out."
@@ -242,6 +261,13 @@ def _check(
             "something else: choose another --out."
         )
     return _Run(config, model, cache, length, mesh, initial_path, teacher, record, out)
+
+
+def _what_is_computed(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's record that a run has to keep to."""
+    settings = record.get("train_config", {})
+    settings = {name: value for name, value in settings.items() if name not in _TOPOLOGY}
+    return {**record, "train_config": settings}
 
 
 def _check_teacher(
@@ -296,7 +322,7 @@ def _first_state(run: _Run, latest_step: int | None) -> train_step.TrainState:
     config, mesh = run.config, run.mesh
     if latest_step == config.num_steps and not config.keep_optimizer_state:
         # Killed between its last checkpoint, which has no optimizer state, and its summary.
-        params = load_model(run.out, mesh).params
+        params = load_model(run.out, mesh, config.expert_axes).params
         return train_step.new_state(params, config)._replace(step=jnp.int32(latest_step))
     if latest_step is not None:
         params, opt_state = train_step.abstract_state(run.model, config, mesh)
@@ -309,9 +335,9 @@ def _first_state(run: _Run, latest_step: int | None) -> train_step.TrainState:
         state = train_step.TrainState(jnp.int32(restored.step), restored.params, values)
         return jax.tree.map(jnp.asarray, state) if mesh is None else state
     if run.initial is not None:
-        params = load_model(run.initial, mesh).params
+        params = load_model(run.initial, mesh, config.expert_axes).params
     else:
-        params = init_params(run.model, config.seed, mesh)
+        params = init_params(run.model, config.seed, mesh, config.expert_axes)
     return train_step.new_state(params, config)
 
 
@@ -319,6 +345,7 @@ def _loop(
     run: _Run,
     state: train_step.TrainState,
     checkpoints: store.CheckpointStore,
+    watch: preemption.Watch,
     stop_after_step: int | None,
     quiet: bool,
 ) -> TrainResult:
@@ -333,14 +360,21 @@ def _loop(
         target_length=run.cache.target_length,
         teacher=None if run.teacher is None else run.teacher.spec,
     )
-    taught = () if run.teacher is None else (load_model(run.teacher.checkpoint, run.mesh).params,)
+    taught = ()
+    if run.teacher is not None:
+        teacher = load_model(run.teacher.checkpoint, run.mesh, config.expert_axes)
+        taught = (teacher.params,)
     batches = _train_batches(config, run.cache, run.length, start_step=begin)
     every = config.save_every_steps
+    step = begin
     try:
-        for step in range(begin + 1, end + 1):
+        is_stopping = watch.is_due()
+        while step < end and not is_stopping:
             batch = place_batch(next(batches), run.mesh)
             state, metrics = step_function(state, batch, config.seed, *taught)
-            is_saved = step == end or bool(every and step % every == 0)
+            step += 1
+            is_stopping = watch.is_due()
+            is_saved = step == end or is_stopping or bool(every and step % every == 0)
             # What is saved was seen to be finite, and a resumed run finds a line for its step.
             log.add(step, metrics, is_due=is_saved or step % config.log_every_steps == 0)
             if is_saved:
@@ -350,6 +384,8 @@ def _loop(
         checkpoints.wait()
     finally:
         log.close()
+    if step < end:
+        raise preemption.Preempted(run.out, step)
     return TrainResult(run.out, end, log.last, log.seconds, log.tokens)
 
 
