@@ -14,11 +14,12 @@ VERSION = $(eval VERSION := $$(shell $(EXE) -c 'import sys; print("%d%d" % sys.v
 # One stamp per Python version: another version makes the environment anew.
 RUN_STAMP = .venv-run/uncurl_jax-py$(VERSION).stamp
 TEST_STAMP = .venv-test/uncurl_jax-py$(VERSION).stamp
+AOT_STAMP = .venv-aot/uncurl_jax-py$(VERSION).stamp
 
 .DELETE_ON_ERROR:
 .SECONDARY:
 .SECONDEXPANSION:
-.PHONY: help install quickstart test test-slow lint lock clean
+.PHONY: help install quickstart test test-slow test-aot lint lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +28,7 @@ help:
 	@echo "make install      .venv-run alone, what quickstart runs in"
 	@echo "make test         the tests, without the slow ones      PYTEST_ARGS=..."
 	@echo "make test-slow    the slow tests"
+	@echo "make test-aot     compiles for TPU slices with libtpu, which it installs (200 MB; 15 minutes)"
 	@echo "make lint         ruff, pyright, import-linter"
 	@echo "make lock         write requirements/py3*.txt again     LOCK_ARGS=--upgrade for new versions"
 	@echo "make clean        remove the virtual environments and caches"
@@ -42,6 +44,9 @@ test: $$(TEST_STAMP)
 
 test-slow: $$(TEST_STAMP)
 	.venv-test/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-aot: $$(AOT_STAMP)
+	.venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
 
 lint: $$(TEST_STAMP)
 	.venv-test/bin/ruff check .
@@ -76,6 +81,15 @@ endef
 .venv-test/uncurl_jax-py%.stamp: .venv-test/locked-py%.stamp pyproject.toml
 	$(call install_checkout,.venv-test)
 
+# The locks hold no libtpu, which nothing else needs: it is the one that the locked jax asks for.
+.venv-aot/locked-py%.stamp: requirements/py%-dev.txt
+	$(call install_lock,.venv-aot,$<)
+
+.venv-aot/uncurl_jax-py%.stamp: .venv-aot/locked-py%.stamp pyproject.toml
+	.venv-aot/bin/python -m pip install --quiet --no-deps "$$(.venv-aot/bin/python -c \
+	  'from importlib import metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if "libtpu" in r))')"
+	$(call install_checkout,.venv-aot)
+
 .venv-lock/bin/uv:
 	$(EXE) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "uv>=0.13,<0.14"
@@ -93,6 +107,6 @@ lock: .venv-lock/bin/uv
 	$(COMPILE) --python-version 3.12 --extra dev -c requirements/py312.txt -o requirements/py312-dev.txt
 
 clean:
-	rm -rf .venv-run .venv-test .venv-lock .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv-run .venv-test .venv-aot .venv-lock .pytest_cache .ruff_cache .hypothesis build dist
 	rm -rf .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,9 @@ einsum_dispatch       one-hot dispatch and combine in groups of 2048 tokens, as 
 ragged_dot            sort and jax.lax.ragged_dot, what MaxText uses where it has no kernel
 tokamax_ragged_dot    sort and tokamax.ragged_dot, where that package can be imported
 
+With --parts the pieces of ours are timed instead, each on its own: the products of rows by the
+blocks' kernel, activation, dispatch and combine, and finding the slots.
+
 A ratio of 0.8 to dense says that dense takes 0.8 of the alternative's time. Alternatives that fail
 (out of memory, not supported there) or exceed --limit seconds a call are named with the reason.
 """
@@ -41,7 +44,7 @@ import numpy as np
 from rounds import ratio, summary, time_rounds
 
 from uncurl_jax.artifacts import refuse_existing, write_json
-from uncurl_jax.models import routing
+from uncurl_jax.models import expert_parallel, grouped_matmul, routing
 from uncurl_jax.models.expert_mlp import Experts
 from uncurl_jax.models.expert_parallel import apply_moe
 
@@ -256,6 +259,70 @@ def measure(options: argparse.Namespace, num_experts: int) -> dict[str, Any]:
     return {**record, "skipped": skipped}
 
 
+def parts(options: argparse.Namespace, num_experts: int) -> dict[str, Any]:
+    """Times the pieces of the layer without drops, on blocks."""
+    generator = np.random.default_rng(options.seed)
+    dtype, dim, mlp = jnp.dtype(options.dtype), options.embed_dim, options.mlp_dim
+    index, gate = make_routing(generator, options.tokens, num_experts, options.topk, 0.0)
+    rows, num_blocks = expert_parallel.block_shape(index.size, num_experts)
+
+    def normal(*shape: int) -> jax.Array:
+        key = jax.random.key(int(generator.integers(2**31)))
+        return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+
+    def find_slots(index: jax.Array) -> tuple[Any, Any]:
+        ranks, counts = routing.ranks_within_expert(index, jnp.ones(len(index), bool), num_experts)
+        blocks = grouped_matmul.make_blocks(counts, rows, num_blocks, may_be_even=False)
+        slot = blocks.first[index] * rows + ranks
+        return expert_parallel.invert(slot.astype(jnp.int32), num_blocks * rows), blocks
+
+    slots, blocks = jax.jit(find_slots)(index)
+    x, narrow = normal(options.tokens, dim), normal(num_blocks * rows, dim)
+    wide = normal(num_blocks * rows, mlp)
+    wi, wo = normal(num_experts, dim, mlp), normal(num_experts, mlp, dim)
+
+    def both_ways(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        return compiled(function, arguments, ())[1]
+
+    product = functools.partial(grouped_matmul._matmul, is_transposed=False)
+    transposed = functools.partial(grouped_matmul._matmul, is_transposed=True)
+    pieces = {
+        "slots": functools.partial(jax.jit(find_slots), index),
+        "dispatch_and_combine_forward_backward": both_ways(
+            lambda x, gate: expert_parallel.combine(
+                expert_parallel.dispatch(x, slots), gate, slots
+            ),
+            x,
+            gate,
+        ),
+        "up": functools.partial(jax.jit(product), narrow, wi, blocks),
+        "down": functools.partial(jax.jit(product), wide, wo, blocks),
+        "gradient_of_hidden": functools.partial(jax.jit(transposed), narrow, wo, blocks),
+        "gradient_of_input": functools.partial(jax.jit(transposed), wide, wi, blocks),
+        "gradient_of_wi": functools.partial(jax.jit(grouped_matmul._outer), narrow, wide, blocks),
+        "gradient_of_wo": functools.partial(jax.jit(grouped_matmul._outer), wide, narrow, blocks),
+        "activation_forward_backward": both_ways(gelu, wide),
+    }
+    seconds = time_rounds(pieces, rounds=options.rounds, seconds_per_measurement=options.seconds)
+    flops = 2.0 * index.size * dim * mlp
+    return {
+        "num_experts": num_experts,
+        "rows": num_blocks * rows,
+        "rows_per_block": rows,
+        "parts": {
+            name: {
+                "milliseconds": summary([1e3 * value for value in values]),
+                **(
+                    {}
+                    if "forward" in name or name == "slots"
+                    else {"tflops_per_second": round(flops / np.median(values) / 1e12, 1)}
+                ),
+            }
+            for name, values in seconds.items()
+        },
+    }
+
+
 def print_table(record: dict[str, Any]) -> None:
     print(f"{record['num_experts']} experts", file=sys.stderr)
     for name in record["forward"]:
@@ -285,6 +352,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05, help="of one measurement")
     parser.add_argument("--limit", type=float, default=2.0, help="seconds a call may take")
     parser.add_argument("--only", nargs="+", help="alternatives to time, dense among them")
+    parser.add_argument("--parts", action="store_true", help="time the pieces of ours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args()
@@ -301,6 +369,10 @@ def main() -> None:
         "results": [],
     }
     for num_experts in options.experts:
+        if options.parts:
+            result["results"].append(parts(options, num_experts))
+            print(json.dumps(result["results"][-1], indent=1), file=sys.stderr)
+            continue
         record = measure(options, num_experts)
         print_table(record)
         result["results"].append(record)

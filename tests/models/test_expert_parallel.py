@@ -194,7 +194,7 @@ def test_block_rows_worked_by_hand():
 
 def test_dispatch_leaves_empty_slots_zero_and_combine_weighs():
     x = np.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], np.float32)
-    slots = expert_parallel._invert(jnp.asarray([[2, 0], [4, 1], [4, 4]], jnp.int32), 4)
+    slots = expert_parallel.invert(jnp.asarray([[2, 0], [4, 1], [4, 4]], jnp.int32), 4)
     np.testing.assert_array_equal(slots.assignment, [1, 3, 0, 6])  # 6: empty
     rows = jax.jit(expert_parallel.dispatch)(x, slots)
     np.testing.assert_array_equal(rows, [[1, 2], [3, 4], [1, 2], [0, 0]])
@@ -209,7 +209,7 @@ def test_the_gradients_of_dispatch_and_combine_are_those_of_plain_indexing(topk)
     tokens, num_slots = 5, 7
     order = generator.permutation(num_slots + 3)[: tokens * topk].reshape(tokens, topk)
     of_assignment = jnp.asarray(np.minimum(order, num_slots), jnp.int32)
-    slots = expert_parallel._invert(of_assignment, num_slots)
+    slots = expert_parallel.invert(of_assignment, num_slots)
     x, gate, weight = (
         generator.normal(size=shape).astype(np.float32)
         for shape in ((tokens, DIM), (tokens, topk), (tokens, DIM))

@@ -1,8 +1,8 @@
 """The command line: `uncurl COMMAND`. Progress on stderr, one JSON line on stdout.
 
 Exit status: 0 success, 1 a gate failed or the program did, 2 the input was wrong (one sentence on
-stderr says what). Importing this module imports neither JAX nor TensorFlow; a command imports what
-it needs when it runs.
+stderr says what), 143 a training run stopped on SIGTERM with everything saved. Importing this module
+imports neither JAX nor TensorFlow; a command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data_commands(command)
     _add_model_commands(command)
     _add_study_commands(command)
+    _add_placement_command(command)
+    _add_bench_command(command)
+    _add_aot_command(command)
     return parser
 
 
@@ -131,6 +134,7 @@ def _add_model_commands(command: Any) -> None:
     sub.add_argument("--cache", help="token cache of the training split")
     sub.add_argument("--checkpoint", help="checkpoint to begin with")
     sub.add_argument("--teacher", help="checkpoint that distillation learns from (distill.gin)")
+    sub.add_argument("--placement", help="what uncurl placement --mode train wrote: mesh and axes")
     sub.add_argument("--out", required=True, help="directory for checkpoints and metrics")
     _add_distributed_argument(sub)
 
@@ -251,6 +255,103 @@ def _add_study_commands(command: Any) -> None:
     sub.add_argument("directory", metavar="DIR")
 
 
+def _add_placement_command(command: Any) -> None:
+    sub = command(
+        "placement", "Choose the mesh and where experts are, for a TPU slice and a batch."
+    )
+    sub.add_argument("--checkpoint", help="the model; or give a --gin_file that binds ModelConfig")
+    sub.add_argument("--slice", required=True, help="name or file of configs/slices: v5e-16, ...")
+    sub.add_argument("--batch", type=int, required=True, help="rows per step, over all chips")
+    sub.add_argument("--length", type=int, required=True, help="tokens per row; 1 to decode")
+    sub.add_argument("--mode", choices=("train", "serve"), help="train (default) or serve")
+    sub.add_argument("--accumulation_steps", type=int, help="parts that a batch is trained in")
+    sub.add_argument(
+        "--param_dtype",
+        choices=("bfloat16", "float32"),
+        help="of parameters when serving (default bfloat16); training keeps float32",
+    )
+    sub.add_argument(
+        "--cache_length",
+        type=int,
+        help="positions of the key-value cache when serving (default the model's max_length)",
+    )
+    sub.add_argument("--plan", help="pruning_plan.json: place the model after this prune")
+    sub.add_argument(
+        "--num_experts",
+        type=_count_list,
+        help="what if: experts per MoE layer after a prune, one number or one per layer",
+    )
+    sub.add_argument("--statistics", help="what calibrate wrote: predicts what capacity drops")
+    sub.add_argument(
+        "--max_drop_fraction", type=float, help="refuse layouts that drop more of any layer"
+    )
+    sub.add_argument("--expert_partitions", type=int, help="only meshes with so many")
+    sub.add_argument("--model_partitions", type=int, help="only meshes with so many")
+    sub.add_argument("--headroom", type=float, help="share of HBM that stays free (default 0.1)")
+    sub.add_argument("--picture", help="memory and times of the layouts, .svg or .png")
+    sub.add_argument("--out", help="placement.json to write, which train --placement takes")
+
+
+def _add_bench_command(command: Any) -> None:
+    sub = command("bench", "Measure latency, throughput and communication on the devices present.")
+    sub.add_argument(
+        "--checkpoint", action="append", dest="checkpoints", help="repeatable: before, after, ..."
+    )
+    sub.add_argument(
+        "--num_experts",
+        type=_count_list,
+        help="with a --gin_file that binds ModelConfig: random models of 8,32,... experts",
+    )
+    sub.add_argument("--devices", type=_count_list, help="counts, as 1,2,8 (default: powers of 2)")
+    sub.add_argument(
+        "--layouts",
+        type=_name_list,
+        help="of experts: sharded,replicated (default), group:G, placement",
+    )
+    sub.add_argument("--placement", help="what uncurl placement wrote; adds the layout placement")
+    sub.add_argument("--batch_per_device", type=int, help="rows on each device (default 2)")
+    sub.add_argument("--length", type=int, help="tokens per row (default 256)")
+    sub.add_argument(
+        "--decode_batches", type=_count_list, help="rows of decoding, all devices (default 1,64)"
+    )
+    sub.add_argument("--decode_steps", type=int, help="steps timed together (default 16)")
+    sub.add_argument("--layer_calls", type=int, help="calls of a layer in a launch (default 16)")
+    sub.add_argument("--repeats", type=int, help="measured rounds (default 20)")
+    sub.add_argument("--warmup", type=int, help="rounds before them (default 2)")
+    sub.add_argument("--seed", type=int, help="of parameters, tokens and orders (default 0)")
+    sub.add_argument(
+        "--measure",
+        type=_name_list,
+        help="some of forward,layers,prefill,decode,equality,bytes (default all)",
+    )
+    sub.add_argument("--training", action="store_true", dest="has_training", help="its step too")
+    sub.add_argument("--out", required=True, help="bench.json to write, with pictures beside it")
+
+
+def _add_aot_command(command: Any) -> None:
+    sub = command(
+        "aot", "Compile a stage's programs for a TPU slice without a TPU: memory, communication."
+    )
+    sub.add_argument("--slice", required=True, help="name or file of configs/slices: v5e-16, ...")
+    sub.add_argument(
+        "--programs",
+        type=_name_list,
+        help="some of train,calibrate,evaluate,decode (default all of them)",
+    )
+    sub.add_argument("--checkpoint", help="the model, if the gin files name none")
+    sub.add_argument(
+        "--num_experts",
+        type=_count_list,
+        help="as if pruned: experts per MoE layer, one number or one per MoE layer",
+    )
+    sub.add_argument("--batch", type=int, help="rows per optimizer step, over all chips")
+    sub.add_argument("--length", type=int, help="tokens per row (default the longest of the model)")
+    sub.add_argument("--expert_partitions", type=int, help="devices that share a layer's experts")
+    sub.add_argument("--model_partitions", type=int, help="devices that share heads and units")
+    sub.add_argument("--placement", help="what uncurl placement wrote: mesh and axes")
+    sub.add_argument("--out", required=True, help="JSON to write, also if a program does not fit")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -262,7 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # TensorFlow and XLA would mix their logs into the progress on stderr.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from uncurl_jax.cli import commands, gin_config
+    from uncurl_jax.training import preemption
 
+    os.environ.update(commands.ENVIRONMENT.get(name, {}))
     try:
         default = commands.DEFAULT_GIN_FILES.get(name)
         files = files or ([default] if default else [])
@@ -272,6 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, str(error))
     except OSError as error:
         return _fail(name, gin_config.system_refused(error))
+    except preemption.Preempted as stopped:
+        print(f"uncurl {name}: {stopped}.", file=sys.stderr)
+        return preemption.EXIT_STATUS
     except KeyboardInterrupt:
         print(f"uncurl {name}: interrupted; run the same command again.", file=sys.stderr)
         return 130

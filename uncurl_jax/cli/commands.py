@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import refuse_existing
-from uncurl_jax.cli.gin_config import bound, configured
+from uncurl_jax.cli.gin_config import bound, bound_value, configured
 from uncurl_jax.errors import InputError
 
 # Modules that --gin.X=Y may name, as `module.name.parameter`, without a gin file importing them.
@@ -36,16 +36,35 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "sweep": (*_STUDY_MODULES, "uncurl_jax.experiments.sweep"),
     "report": (),
     "quickstart": (*_STUDY_MODULES, "uncurl_jax.experiments.quickstart"),
+    "placement": ("uncurl_jax.config",),
+    "bench": ("uncurl_jax.config", "uncurl_jax.deployment.bench"),
+    "aot": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
 }
 
 Options = dict[str, Any]
+
+# What must stand in the environment before a command imports JAX.
+ENVIRONMENT: dict[str, dict[str, str]] = {
+    "aot": {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        # Nothing is run, so a second process does no harm.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # Of any slice: the topology's name decides. Without them libtpu looks, and warns.
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    },
+}
 
 # What a command is configured with if no --gin_file is given.
 DEFAULT_GIN_FILES = {"quickstart": "gin/runs/quickstart.gin"}
 
 
-def _initialize_distributed(options: Options) -> None:
-    """Joins the other processes if asked to, before anything else touches JAX."""
+def _initialize_distributed(options: Options, *, saves_on_sigterm: bool = False) -> None:
+    """Joins the other processes if asked to, before anything else touches JAX.
+
+    JAX's preemption service swallows SIGTERM, so it is for those alone that ask it when to stop.
+    """
     if not options.pop("distributed", False):
         return
     import jax
@@ -54,12 +73,14 @@ def _initialize_distributed(options: Options) -> None:
         "coordinator_address": ("JAX_COORDINATOR_ADDRESS", str),
         "num_processes": ("JAX_NUM_PROCESSES", int),
         "process_id": ("JAX_PROCESS_ID", int),
+        "heartbeat_timeout_seconds": ("JAX_HEARTBEAT_TIMEOUT_SECONDS", int),
     }
     given = {
         name: kind(os.environ[variable])
         for name, (variable, kind) in names.items()
         if variable in os.environ
     }
+    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
     jax.distributed.initialize(**given)
 
 
@@ -216,12 +237,14 @@ def cache(options: Options) -> Any:
 
 def train(options: Options) -> Any:
     """`uncurl train`."""
-    _initialize_distributed(options)
+    _initialize_distributed(options, saves_on_sigterm=True)
     from uncurl_jax.training import trainer
 
     _check_writable(options["out"])
     if "checkpoint" in options:
         options["initial_checkpoint"] = options.pop("checkpoint")
+    if "placement" in options:
+        options["config"] = _placed_config(options)
     result = configured(trainer.train)(**options)
     return _only_first_process(
         {
@@ -232,6 +255,47 @@ def train(options: Options) -> Any:
             "metrics": result.metrics,
         }
     )
+
+
+def _placed_config(options: Options) -> Any:
+    """Takes --placement out of the options; returns the stage's configuration with its mesh."""
+    import dataclasses
+
+    import jax
+
+    from uncurl_jax.checkpoints import layout
+    from uncurl_jax.deployment.placement import load_placement
+    from uncurl_jax.training import trainer
+
+    placed = load_placement(options.pop("placement"))
+    config = bound_value(trainer.train, "config")
+    if config is None:
+        raise InputError(
+            "--placement needs a stage to place, got no TrainConfig: give --gin_file, as "
+            "gin/runs/pretrain.gin."
+        )
+    model = config.model
+    if "initial_checkpoint" in options:
+        model = layout.resolve(options["initial_checkpoint"]).model_config()
+    if model is not None:
+        placed.check_training(
+            num_devices=jax.device_count(),
+            num_experts=model.num_experts,
+            batch_size=config.batch_size,
+            parts=config.accumulation_steps,
+        )
+    values = {
+        "expert_partitions": placed.expert_partitions,
+        "model_partitions": placed.model_partitions,
+        "expert_axes": placed.expert_axes,
+    }
+    for name, unset in (("expert_partitions", 1), ("model_partitions", 1), ("expert_axes", None)):
+        if getattr(config, name) not in (unset, values[name]):
+            raise InputError(
+                f"--placement sets TrainConfig.{name} to {values[name]}, got another in the gin "
+                f"configuration, {getattr(config, name)}: leave out one of them."
+            )
+    return dataclasses.replace(config, **values)
 
 
 def calibrate(options: Options) -> Any:
@@ -443,7 +507,11 @@ def report(options: Options) -> Any:
     from uncurl_jax.experiments import report as report_lib
 
     result = report_lib.write_report(options["directory"])
-    print(report_lib.format_table(result["rows"]), file=sys.stderr)
+    if result["rows"]:
+        print(report_lib.format_table(result["rows"]), file=sys.stderr)
+    for measured in result["benches"]:
+        for sentence in measured["sentences"]:
+            print(f"{measured['file']}: {sentence}", file=sys.stderr)
     directory = Path(options["directory"])
     return {
         "report": str(directory / "report.html"),
@@ -466,8 +534,145 @@ def quickstart(options: Options) -> Any:
     }
 
 
+def placement(options: Options) -> Any:
+    """`uncurl placement`."""
+    from uncurl_jax.cli.gin_config import files_root
+    from uncurl_jax.deployment import placement as placement_lib
+    from uncurl_jax.deployment import placement_view, planner
+    from uncurl_jax.deployment.slices import load_slice
+
+    out = _new_output(options.pop("out")) if "out" in options else None
+    picture = _new_output(options.pop("picture")) if "picture" in options else None
+    if picture is not None:
+        placement_view.check_picture(picture)
+    on_slice = load_slice(options.pop("slice"), files_root() / "configs" / "slices")
+    request, fingerprint = _placement_request(options, on_slice)
+    report = planner.make_placement(request)
+    print(placement_view.format_report(report), file=sys.stderr)
+    if picture is not None:
+        placement_view.write_picture(report, picture)
+    if out is not None:
+        placement_lib.save_report(report, out, fingerprint=fingerprint)
+    return {
+        "out": None if out is None else str(out),
+        "picture": None if picture is None else str(picture),
+        **placement_lib.summarize(report),
+    }
+
+
+def _placement_request(options: Options, on_slice: Any) -> tuple[Any, str | None]:
+    """Returns what the planner is asked, and the fingerprint of the checkpoint if there is one."""
+    import dataclasses
+
+    from uncurl_jax.checkpoints import layout
+    from uncurl_jax.config import ModelConfig
+    from uncurl_jax.deployment import subjects
+    from uncurl_jax.deployment.job import make_job
+    from uncurl_jax.deployment.layouts import Request
+
+    checkpoint = None
+    if "checkpoint" in options:
+        if bound(ModelConfig):
+            raise InputError(
+                "A placement is of one model, got --checkpoint and gin bindings of ModelConfig: "
+                "leave out one of them."
+            )
+        checkpoint = layout.resolve(options.pop("checkpoint"))
+    else:
+        missing = [
+            field.name
+            for field in dataclasses.fields(ModelConfig)
+            if field.default is dataclasses.MISSING and field.name not in bound(ModelConfig)
+        ]
+        if missing:
+            raise InputError(
+                f"A placement needs a model, got none with {', '.join(missing)}: give "
+                "--checkpoint, or a --gin_file that binds ModelConfig, as gin/models/354m.gin."
+            )
+    subject = subjects.find_subject(
+        configured(ModelConfig)() if checkpoint is None else checkpoint.model_config(),
+        checkpoint,
+        plan=options.pop("plan", None),
+        num_experts=options.pop("num_experts", None),
+        statistics=options.pop("statistics", None),
+    )
+    names = ("accumulation_steps", "param_dtype", "cache_length")
+    job = make_job(
+        options.pop("mode", "train"),
+        options.pop("batch"),
+        options.pop("length"),
+        max_length=subject.model.max_length,
+        **{name: options.pop(name) for name in names if name in options},
+    )
+    request = Request(
+        model=subject.model,
+        job=job,
+        slice=on_slice,
+        num_experts_before=subject.num_experts_before,
+        loads=subject.loads,
+        **options,
+    )
+    return request, subject.fingerprint
+
+
+def bench(options: Options) -> Any:
+    """`uncurl bench`."""
+    from uncurl_jax.config import ModelConfig
+    from uncurl_jax.deployment import bench as bench_lib
+    from uncurl_jax.deployment.bench_summary import summarize
+
+    options["out"] = _new_output(options["out"])
+    if bound(ModelConfig):
+        options["model"] = configured(ModelConfig)()
+    for name in ("num_experts", "devices", "decode_batches"):
+        if isinstance(options.get(name), int):
+            options[name] = (options[name],)
+    run = configured(bench_lib.run_bench)
+    record = run(progress=bench_lib.print_progress, **options)
+    return {"out": str(options["out"]), **summarize(record)}
+
+
+def aot(options: Options) -> Any:
+    """`uncurl aot`."""
+    from uncurl_jax.artifacts import write_json
+    from uncurl_jax.checkpoints import layout
+    from uncurl_jax.cli.gin_config import files_root
+    from uncurl_jax.deployment import aot as aot_lib
+    from uncurl_jax.deployment.aot_request import make_request
+    from uncurl_jax.deployment.placement import load_placement
+    from uncurl_jax.deployment.slices import load_slice
+    from uncurl_jax.training import trainer
+
+    out = _new_output(options.pop("out"))
+    config = bound_value(trainer.train, "config")
+    if config is None:
+        raise InputError(
+            "aot needs a stage to compile, got no TrainConfig: give --gin_file, as "
+            "gin/runs/paper_pretrain.gin."
+        )
+    on_slice = load_slice(options.pop("slice"), files_root() / "configs" / "slices")
+    if "checkpoint" in options:
+        options["model"] = layout.resolve(options.pop("checkpoint")).model_config()
+    if "placement" in options:
+        options["placement"] = load_placement(options["placement"])
+    for option, name in (("programs", "programs_wanted"), ("batch", "batch_size")):
+        if option in options:
+            options[name] = options.pop(option)
+    request = make_request(config, on_slice, **options)
+    report = aot_lib.check(
+        request,
+        aot_lib.slice_mesh(request),
+        say=lambda text: print(f"uncurl aot: {text}", file=sys.stderr, flush=True),
+    )
+    write_json(out, {"command": " ".join(["uncurl", *sys.argv[1:]]), **report})
+    if report["sentence"]:
+        print(f"uncurl aot: {report['sentence']}", file=sys.stderr)
+    return {"out": str(out), **aot_lib.summarize(report)}
+
+
 # Commands whose work can end well and yet say no: exit status 1 if the function is true.
 HAS_FAILED: dict[str, Callable[[Any], bool]] = {
+    "aot": lambda result: not result["fits"],
     "verify": lambda result: not result["verified"],
 }
 
@@ -485,4 +690,7 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "sweep": sweep,
     "report": report,
     "quickstart": quickstart,
+    "placement": placement,
+    "bench": bench,
+    "aot": aot,
 }

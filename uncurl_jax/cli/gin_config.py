@@ -117,6 +117,11 @@ def bound(function: Callable[..., Any]) -> set[str]:
         return set()
 
 
+def bound_value(function: Callable[..., Any], parameter: str) -> Any:
+    """Returns what the configuration binds a parameter to, references followed; None if nothing."""
+    return gin.get_bindings(function).get(parameter) if parameter in bound(function) else None
+
+
 def system_refused(reason: object) -> str:
     """Returns the sentence for an error of the operating system, such as a full disk."""
     return (

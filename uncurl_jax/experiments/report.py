@@ -18,7 +18,7 @@ from scipy import stats
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import report_figures, report_page
+from uncurl_jax.experiments import report_bench, report_figures, report_page
 from uncurl_jax.pruning.plan import PruningPlan
 
 FORMAT_VERSION = 1
@@ -96,8 +96,7 @@ def load_study(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
       InputError: If a file is missing or malformed, shards are of different studies, or a run is
         there twice.
     """
-    parts = [directory] if (directory / "runs.jsonl").exists() else []
-    parts += sorted(path.parent for path in directory.glob("shard_*_of_*/runs.jsonl"))
+    parts = _study_parts(directory)
     runs: list[dict[str, Any]] = []
     studies: list[dict[str, Any]] = []
     for part in parts or [directory]:
@@ -122,6 +121,12 @@ def load_study(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             "the shards of an earlier division."
         )
     return runs, studies[0]
+
+
+def _study_parts(directory: Path) -> list[Path]:
+    """Directories that hold runs: this one, its shards, or none."""
+    parts = [directory] if (directory / "runs.jsonl").exists() else []
+    return parts + sorted(path.parent for path in directory.glob("shard_*_of_*/runs.jsonl"))
 
 
 def _compared(study: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,16 +356,22 @@ def write_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes report.json and report.html into a study's directory; equal input, equal bytes.
 
     Args:
-      directory: holds runs.jsonl, study.json and the plans that the runs name.
+      directory: holds runs.jsonl, study.json and the plans that the runs name, or records of
+        `uncurl bench` (bench*.json, also one level down), or both.
 
     Returns:
-      What report.json holds: title, headline, findings (per task), rows (per model), plans shown.
+      What report.json holds: title, headline, findings (per task), rows (per model), plans shown,
+      benches.
 
     Raises:
       InputError: If a file is missing, empty or malformed.
     """
     directory = Path(directory)
-    runs, study = load_study(directory)
+    benches = report_bench.load_benches(directory)
+    if benches and not _study_parts(directory):
+        runs, study = [], {"title": "Benchmarks"}
+    else:
+        runs, study = load_study(directory)
     rows = summarize(runs)
     findings = find_thresholds(rows)
     shown: dict[str, dict[str, Any]] = {}
@@ -375,15 +386,16 @@ def write_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
     report = {
         "format_version": FORMAT_VERSION,
         "title": study["title"],
-        "headline": report_page.headline(findings),
+        "headline": report_page.headline(findings) if runs else report_bench.headline(benches),
         "findings": [{**f, "sentences": report_page.sentences(f)} for f in findings],
         "rows": rows,
         "plans_shown": shown,
         "num_runs": len(runs),
+        "benches": report_bench.describe(benches),
         "study": study,
     }
-    figures = report_figures.draw_figures(rows, plans)
-    page = report_page.render(report, figures)
+    figures = report_figures.draw_figures(rows, plans) if runs else []
+    page = report_page.render(report, figures, report_bench.render_section(benches, directory))
     artifacts.write_json(directory / "report.json", report)
     with artifacts.atomic_file(directory / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -76,16 +77,28 @@ def _svg(canvas: Canvas, label: str) -> str:
     canvas.savefig(
         buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None}
     )
-    text = buffer.getvalue()
+    text = inline_svg(buffer.getvalue(), label)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text
+
+
+def inline_svg(text: str, label: str) -> str:
+    """Turns what matplotlib writes into an <svg> element that can stand in a page.
+
+    Args:
+      text: an SVG file.
+      label: for those who do not see it.
+    """
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' role="img" aria-label="[^"]*"', "", text, count=1)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r' width="[^"]*pt" height="[^"]*pt"', "", text, count=1)
     text = re.sub(r' height="[^"]*pt"| width="[^"]*pt"', "", text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
+    label = html.escape(label, quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
 
 

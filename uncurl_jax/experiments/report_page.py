@@ -274,13 +274,17 @@ def _figure(figure: Any) -> str:
     )
 
 
-def render(report: Mapping[str, Any], figures: Sequence[Any]) -> str:
+def render(report: Mapping[str, Any], figures: Sequence[Any], benches: str = "") -> str:
     """Returns the whole page.
 
     Args:
       report: what report.json holds.
       figures: as `report_figures.draw_figures` returns them.
+      benches: the section of benchmarks, as HTML.
     """
+    if not report["rows"]:
+        headline = f'<p class="headline">{html.escape(report["headline"])}</p>'
+        return _document(report["title"], f"{headline}\n{benches}")
     findings = "\n".join(
         f"<h3>{html.escape(finding['task'])}</h3><ul>"
         + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in finding["sentences"])
@@ -301,6 +305,7 @@ def render(report: Mapping[str, Any], figures: Sequence[Any]) -> str:
 <p class="note">{_plural(report["num_runs"], "run")}. * interval over the examples of one run.</p>
 {_plots(figures)}
 {f"<h3>Warnings in the plans shown</h3><ul>{warnings}</ul>" if warnings else ""}
+{benches}
 <h2>How to read this</h2>
 <ul>{reading}</ul>
 <details><summary>Device, versions and configuration</summary>{_details(study)}</details>"""

@@ -53,7 +53,7 @@ class MoeOutput(NamedTuple):
     num_slots: jax.Array
 
 
-class _Slots(NamedTuple):
+class Slots(NamedTuple):
     """A partial one-to-one map between assignments (a = t * k) and slots.
 
     Attributes:
@@ -65,12 +65,13 @@ class _Slots(NamedTuple):
     assignment: jax.Array
 
 
-def _invert(of_assignment: jax.Array, num_slots: int) -> _Slots:
+def invert(of_assignment: jax.Array, num_slots: int) -> Slots:
+    """Finds each slot's assignment: of_assignment [t, k], each slot at most once."""
     flat = of_assignment.reshape(-1)
     empty = jnp.full((num_slots,), flat.size, jnp.int32)
     assignments = jnp.arange(flat.size, dtype=jnp.int32)
     # Dropped assignments write beyond the end, that is nowhere.
-    return _Slots(of_assignment, empty.at[flat].set(assignments, mode="drop"))
+    return Slots(of_assignment, empty.at[flat].set(assignments, mode="drop"))
 
 
 def _take(array: jax.Array, index: jax.Array) -> jax.Array:
@@ -84,16 +85,16 @@ def _take(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def dispatch(x: jax.Array, slots: _Slots) -> jax.Array:
+def dispatch(x: jax.Array, slots: Slots) -> jax.Array:
     """Gathers tokens into slots: x [t, d] -> [s, d], zeros in empty slots."""
     return _take(x, slots.assignment // slots.of_assignment.shape[1])
 
 
-def _dispatch_forward(x: jax.Array, slots: _Slots) -> tuple[jax.Array, _Slots]:
+def _dispatch_forward(x: jax.Array, slots: Slots) -> tuple[jax.Array, Slots]:
     return dispatch(x, slots), slots
 
 
-def _dispatch_backward(slots: _Slots, d_slots: jax.Array) -> tuple[jax.Array, None]:
+def _dispatch_backward(slots: Slots, d_slots: jax.Array) -> tuple[jax.Array, None]:
     dx = _take(d_slots, slots.of_assignment)
     if slots.of_assignment.shape[1] == 1:
         return dx[:, 0], None
@@ -104,20 +105,20 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def combine(y: jax.Array, gate: jax.Array, slots: _Slots) -> jax.Array:
+def combine(y: jax.Array, gate: jax.Array, slots: Slots) -> jax.Array:
     """Gathers slots back: y [s, d], gate [t, k] float32 -> [t, d] float32, summed over k."""
     outputs = _take(y, slots.of_assignment).astype(jnp.float32)
     return jnp.sum(outputs * gate[..., None], axis=1)
 
 
 def _combine_forward(
-    y: jax.Array, gate: jax.Array, slots: _Slots
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, _Slots]]:
+    y: jax.Array, gate: jax.Array, slots: Slots
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Slots]]:
     return combine(y, gate, slots), (y, gate, slots)
 
 
 def _combine_backward(
-    saved: tuple[jax.Array, jax.Array, _Slots], d_tokens: jax.Array
+    saved: tuple[jax.Array, jax.Array, Slots], d_tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     y, gate, slots = saved
     outputs = _take(y, slots.of_assignment).astype(jnp.float32)
@@ -214,7 +215,7 @@ def apply_locally(
     blocks = make_blocks(counts, rows, num_blocks, may_be_even=may_be_even)
     slot = blocks.first[expert_index] * rows + ranks
     slot = jnp.where(kept.is_kept, slot, num_rows).astype(jnp.int32)
-    slots = _invert(slot.reshape(-1, topk), num_rows)
+    slots = invert(slot.reshape(-1, topk), num_rows)
     outputs = apply_to_blocks(dispatch(x.reshape(-1, dim), slots), experts, blocks, activation)
     y = combine(outputs, gate.reshape(-1, topk), slots).reshape(groups, tokens, dim)
     computed = jnp.sum(blocks.last - blocks.first) * rows
@@ -321,7 +322,7 @@ def apply_with_capacity(
     group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
     slot = (expert_index * groups + group) * capacity + kept.ranks
     slot = jnp.where(kept.is_kept, slot, num_slots).astype(jnp.int32)
-    slots = _invert(slot.reshape(-1, topk), num_slots)
+    slots = invert(slot.reshape(-1, topk), num_slots)
     inputs = dispatch(x.reshape(-1, dim), slots).reshape(num_experts, groups * capacity, dim)
     if expert_axes:
         # Each device keeps its own experts' slots of every device: [e / n, n * g * c, d].
