@@ -325,10 +325,9 @@ def test_a_few_tokens_need_no_sorting(tokens, num_experts, topk, random_experts,
     wanted = np.broadcast_to(arrays["mask"][..., None], arrays["expert_index"].shape)
     for capacity in (None, 1):
         out = jax.jit(expert_parallel._apply_few, static_argnames=("activation", "capacity"))(
-            arrays["x"],
-            arrays["expert_index"],
-            arrays["gate"],
-            wanted,
+            expert_parallel.Tokens._make(
+                map(jnp.asarray, (arrays["x"], arrays["expert_index"], arrays["gate"], wanted))
+            ),
             experts,
             activation=gelu,
             capacity=capacity,

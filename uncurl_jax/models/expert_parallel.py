@@ -12,6 +12,7 @@ them is computed; devices that divide the experts see each other's tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,22 @@ class MoeOutput(NamedTuple):
     y: jax.Array
     is_kept: jax.Array
     num_slots: jax.Array
+
+
+class Tokens(NamedTuple):
+    """Tokens of a device or of a mesh, and where they are to go.
+
+    Attributes:
+      x: [g, t, d] in the experts' dtype.
+      expert_index: [g, t, k] int32.
+      gate: [g, t, k] float32.
+      is_wanted: [g, t, k] bool; the other assignments take no slot.
+    """
+
+    x: jax.Array
+    expert_index: jax.Array
+    gate: jax.Array
+    is_wanted: jax.Array
 
 
 class Slots(NamedTuple):
@@ -140,17 +157,31 @@ class _Kept(NamedTuple):
     counts: jax.Array  # [g, e], kept assignments
 
 
-def _keep(
-    expert_index: jax.Array, is_wanted: jax.Array, num_experts: int, capacity: int | None
-) -> _Kept:
+def _keep(tokens: Tokens, num_experts: int, capacity: int | None) -> _Kept:
     """Gives each expert's slots to the first `capacity` wanted assignments of every group."""
     rank = functools.partial(ranks_within_expert, num_experts=num_experts)
-    ranks, counts = jax.vmap(rank)(expert_index, is_wanted)
-    is_kept = is_wanted
+    ranks, counts = jax.vmap(rank)(tokens.expert_index, tokens.is_wanted)
+    is_kept = tokens.is_wanted
     if capacity is not None:
         is_kept &= ranks < capacity
         counts = jnp.minimum(counts, capacity)
     return _Kept(is_kept, ranks, counts)
+
+
+def _run_in_slots(
+    tokens: Tokens,
+    kept: _Kept,
+    slot: jax.Array,
+    num_slots: int,
+    run: Callable[[jax.Array], jax.Array],
+) -> MoeOutput:
+    """Takes tokens to slots [g, t, k], calls run([num_slots, d]), and takes the results back."""
+    topk = slot.shape[-1]
+    slot = jnp.where(kept.is_kept, slot, num_slots).astype(jnp.int32)
+    slots = invert(slot.reshape(-1, topk), num_slots)
+    outputs = run(dispatch(tokens.x.reshape(-1, tokens.x.shape[-1]), slots))
+    y = combine(outputs, tokens.gate.reshape(-1, topk), slots)
+    return MoeOutput(y.reshape(tokens.x.shape), kept.is_kept, jnp.float32(num_slots))
 
 
 def block_rows(num_assignments: int, num_experts: int) -> int:
@@ -174,10 +205,7 @@ def block_shape(num_assignments: int, num_experts: int) -> tuple[int, int]:
 
 
 def apply_locally(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate: jax.Array,
-    is_wanted: jax.Array,
+    tokens: Tokens,
     experts: Experts,
     activation: Activation,
     *,
@@ -189,10 +217,7 @@ def apply_locally(
     Rows are sorted by expert and each expert's padded to whole blocks; see `grouped_matmul`.
 
     Args:
-      x: [g, t, d] tokens, in the experts' dtype.
-      expert_index: [g, t, k].
-      gate: [g, t, k] float32.
-      is_wanted: [g, t, k] bool; the other assignments take no slot.
+      tokens: what to run.
       experts: all of them.
       activation: their non-linearity.
       capacity: c, slots of an expert in each group; None drops nothing.
@@ -201,57 +226,44 @@ def apply_locally(
     Returns:
       The outputs.
     """
-    groups, tokens, dim = x.shape
-    topk, num_experts = expert_index.shape[-1], experts.wi.shape[0]
-    rows, num_blocks = block_shape(groups * tokens * topk, num_experts)
-    num_rows = num_blocks * rows
+    index = tokens.expert_index
+    groups, num_experts = len(index), experts.wi.shape[0]
+    rows, num_blocks = block_shape(index.size, num_experts)
+    kept = _keep(tokens, num_experts, capacity)
+    blocks = make_blocks(kept.counts.sum(0), rows, num_blocks, may_be_even=may_be_even)
+    of_groups_before = jnp.cumsum(kept.counts, axis=0) - kept.counts
+    before = jnp.take_along_axis(of_groups_before, index.reshape(groups, -1), axis=1)
+    slot = blocks.first[index] * rows + before.reshape(index.shape) + kept.ranks
 
-    kept = _keep(expert_index, is_wanted, num_experts, capacity)
-    counts = kept.counts.sum(0)
-    before = jnp.cumsum(kept.counts, axis=0) - kept.counts
-    ranks = kept.ranks + jnp.take_along_axis(
-        before, expert_index.reshape(groups, -1), axis=1
-    ).reshape(expert_index.shape)
-    blocks = make_blocks(counts, rows, num_blocks, may_be_even=may_be_even)
-    slot = blocks.first[expert_index] * rows + ranks
-    slot = jnp.where(kept.is_kept, slot, num_rows).astype(jnp.int32)
-    slots = invert(slot.reshape(-1, topk), num_rows)
-    outputs = apply_to_blocks(dispatch(x.reshape(-1, dim), slots), experts, blocks, activation)
-    y = combine(outputs, gate.reshape(-1, topk), slots).reshape(groups, tokens, dim)
+    def run(x: jax.Array) -> jax.Array:
+        return apply_to_blocks(x, experts, blocks, activation)
+
+    out = _run_in_slots(tokens, kept, slot, num_blocks * rows, run)
     computed = jnp.sum(blocks.last - blocks.first) * rows
     if blocks.is_even is not None:
-        computed = jnp.where(blocks.is_even, num_rows, computed)
-    return MoeOutput(y, kept.is_kept, computed.astype(jnp.float32))
+        computed = jnp.where(blocks.is_even, num_blocks * rows, computed)
+    return out._replace(num_slots=computed.astype(jnp.float32))
 
 
 def _apply_few(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate: jax.Array,
-    is_wanted: jax.Array,
+    tokens: Tokens,
     experts: Experts,
     activation: Activation,
     *,
     capacity: int | None,
 ) -> MoeOutput:
     """The same for a few tokens, without sorting."""
-    topk = expert_index.shape[-1]
-    kept = _keep(expert_index, is_wanted, experts.wi.shape[0], capacity)
-    y = apply_to_few(
-        x.reshape(-1, x.shape[-1]),
-        expert_index.reshape(-1, topk),
-        jnp.where(kept.is_kept, gate, 0.0).reshape(-1, topk),
-        experts,
-        activation,
+    kept = _keep(tokens, experts.wi.shape[0], capacity)
+    gate = jnp.where(kept.is_kept, tokens.gate, 0.0)
+    x, index, gate = (
+        array.reshape(-1, array.shape[-1]) for array in (tokens.x, tokens.expert_index, gate)
     )
-    return MoeOutput(y.reshape(x.shape), kept.is_kept, kept.counts.sum().astype(jnp.float32))
+    y = apply_to_few(x, index, gate, experts, activation)
+    return MoeOutput(y.reshape(tokens.x.shape), kept.is_kept, kept.counts.sum().astype(jnp.float32))
 
 
 def _apply_on_device(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate: jax.Array,
-    is_wanted: jax.Array,
+    tokens: Tokens,
     experts: Experts,
     activation: Activation,
     *,
@@ -263,13 +275,13 @@ def _apply_on_device(
     Slots are one batched product, which is faster, but all of them are computed. Accelerators run
     a few tokens as `_apply_few`.
     """
-    groups, tokens, topk = expert_index.shape
+    groups, per_group, _ = tokens.expert_index.shape
     num_experts = experts.wi.shape[0]
     apply: Any = functools.partial(
         apply_locally, activation=activation, capacity=capacity, may_be_even=may_be_even
     )
     if capacity is not None:
-        rows, num_blocks = block_shape(groups * tokens * topk, num_experts)
+        rows, num_blocks = block_shape(tokens.expert_index.size, num_experts)
         if num_experts * groups * capacity <= SLOTS_PER_ROW * rows * num_blocks:
             apply = functools.partial(
                 apply_with_capacity,
@@ -278,18 +290,14 @@ def _apply_on_device(
                 num_experts=num_experts,
                 expert_axes=(),
             )
-    arrays = (x, expert_index, gate, is_wanted, experts)
-    if groups * tokens > _FEW_TOKENS:
-        return apply(*arrays)
+    if groups * per_group > _FEW_TOKENS:
+        return apply(tokens, experts)
     few = functools.partial(_apply_few, activation=activation, capacity=capacity)
-    return jax.lax.platform_dependent(*arrays, cpu=apply, default=few)
+    return jax.lax.platform_dependent(tokens, experts, cpu=apply, default=few)
 
 
 def apply_with_capacity(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate: jax.Array,
-    is_wanted: jax.Array,
+    tokens: Tokens,
     experts: Experts,
     activation: Activation,
     *,
@@ -301,10 +309,7 @@ def apply_with_capacity(
     """Gives each expert `capacity` slots per group; assignments beyond them are dropped.
 
     Args:
-      x: [g, t, d] local tokens.
-      expert_index: [g, t, k].
-      gate: [g, t, k].
-      is_wanted: [g, t, k] bool; the other assignments take no slot.
+      tokens: those of this device.
       experts: this device's experts.
       activation: their non-linearity.
       capacity: c.
@@ -315,23 +320,22 @@ def apply_with_capacity(
     Returns:
       The outputs of the local tokens.
     """
-    groups, _, dim = x.shape
-    topk = expert_index.shape[-1]
-    num_slots = num_experts * groups * capacity
-    kept = _keep(expert_index, is_wanted, num_experts, capacity)
+    groups, _, dim = tokens.x.shape
+    kept = _keep(tokens, num_experts, capacity)
     group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
-    slot = (expert_index * groups + group) * capacity + kept.ranks
-    slot = jnp.where(kept.is_kept, slot, num_slots).astype(jnp.int32)
-    slots = invert(slot.reshape(-1, topk), num_slots)
-    inputs = dispatch(x.reshape(-1, dim), slots).reshape(num_experts, groups * capacity, dim)
-    if expert_axes:
+    slot = (tokens.expert_index * groups + group) * capacity + kept.ranks
+
+    def run(x: jax.Array) -> jax.Array:
+        x = x.reshape(num_experts, groups * capacity, dim)
+        if not expert_axes:
+            return apply_experts(x, experts, activation, model_axis=model_axis).reshape(-1, dim)
         # Each device keeps its own experts' slots of every device: [e / n, n * g * c, d].
-        inputs = jax.lax.all_to_all(inputs, expert_axes, split_axis=0, concat_axis=1, tiled=True)
-    outputs = apply_experts(inputs, experts, activation, model_axis=model_axis)
-    if expert_axes:
-        outputs = jax.lax.all_to_all(outputs, expert_axes, split_axis=1, concat_axis=0, tiled=True)
-    y = combine(outputs.reshape(num_slots, dim), gate.reshape(-1, topk), slots)
-    return MoeOutput(y.reshape(x.shape), kept.is_kept, jnp.float32(num_slots))
+        x = jax.lax.all_to_all(x, expert_axes, split_axis=0, concat_axis=1, tiled=True)
+        y = apply_experts(x, experts, activation, model_axis=model_axis)
+        y = jax.lax.all_to_all(y, expert_axes, split_axis=1, concat_axis=0, tiled=True)
+        return y.reshape(-1, dim)
+
+    return _run_in_slots(tokens, kept, slot, num_experts * groups * capacity, run)
 
 
 def apply_moe(
@@ -357,28 +361,16 @@ def apply_moe(
     have to hold as many, all computed.
     """
     is_wanted = jnp.broadcast_to(mask[..., None], expert_index.shape)
+    tokens = Tokens(x, expert_index, gate, is_wanted)
     if mesh is None:
-        return _apply_on_device(
-            x, expert_index, gate, is_wanted, experts, activation, capacity=capacity
-        )
+        return _apply_on_device(tokens, experts, activation, capacity=capacity)
     return _apply_on_mesh(
-        x,
-        expert_index,
-        gate,
-        is_wanted,
-        experts,
-        activation,
-        capacity=capacity,
-        mesh=mesh,
-        expert_axes=expert_axes,
+        tokens, experts, activation, capacity=capacity, mesh=mesh, expert_axes=expert_axes
     )
 
 
 def _apply_on_mesh(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate: jax.Array,
-    is_wanted: jax.Array,
+    tokens: Tokens,
     experts: Experts,
     activation: Activation,
     *,
@@ -413,21 +405,14 @@ def _apply_on_mesh(
         None if array is None else specs[name] for name, array in experts._asdict().items()
     )
 
-    def body(x, expert_index, gate, is_wanted, experts) -> MoeOutput:
+    def body(tokens: Tokens, experts: Experts) -> MoeOutput:
         if not axes:
-            out = _apply_replicated(
-                x, expert_index, gate, is_wanted, experts, activation, capacity, model
-            )
+            out = _apply_replicated(tokens, experts, activation, capacity, model)
         elif capacity is None:
-            out = _apply_gathered(
-                x, expert_index, gate, is_wanted, experts, activation, axes, model
-            )
+            out = _apply_gathered(tokens, experts, activation, axes, model)
         else:
             out = apply_with_capacity(
-                x,
-                expert_index,
-                gate,
-                is_wanted,
+                tokens,
                 experts,
                 activation,
                 capacity=capacity,
@@ -437,21 +422,18 @@ def _apply_on_mesh(
             )
         return out._replace(num_slots=jax.lax.psum(out.num_slots, TOKEN_AXES))
 
-    tokens = spec(TOKEN_AXES)
+    divided_tokens = spec(TOKEN_AXES)
     return jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, tokens, expert_specs),
-        out_specs=MoeOutput._make([tokens, tokens, spec()]),
+        in_specs=(divided_tokens, expert_specs),
+        out_specs=MoeOutput._make([divided_tokens, divided_tokens, spec()]),
         check_vma=False,
-    )(x, expert_index, gate, is_wanted, experts)
+    )(tokens, experts)
 
 
 def _apply_replicated(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate: jax.Array,
-    is_wanted: jax.Array,
+    tokens: Tokens,
     experts: Experts,
     activation: Activation,
     capacity: int | None,
@@ -463,24 +445,12 @@ def _apply_replicated(
         # One part of the hidden units brings the bias, so that the sum has it once.
         is_first = jax.lax.axis_index(model_axis) == 0
         experts = experts._replace(wo_bias=jnp.where(is_first, experts.wo_bias, 0))
-    out = _apply_on_device(
-        x,
-        expert_index,
-        gate,
-        is_wanted,
-        experts,
-        activation,
-        capacity=capacity,
-        may_be_even=may_be_even,
-    )
+    out = _apply_on_device(tokens, experts, activation, capacity=capacity, may_be_even=may_be_even)
     return out if model_axis is None else out._replace(y=jax.lax.psum(out.y, model_axis))
 
 
 def _apply_gathered(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate: jax.Array,
-    is_wanted: jax.Array,
+    tokens: Tokens,
     experts: Experts,
     activation: Activation,
     expert_axes: tuple[str, ...],
@@ -493,13 +463,11 @@ def _apply_gathered(
     def gather(array: jax.Array) -> jax.Array:
         return jax.lax.all_gather(array, expert_axes, axis=0, tiled=True)
 
-    index = gather(expert_index) - first
-    is_here = (index >= 0) & (index < num_local) & gather(is_wanted)
+    everyones = jax.tree.map(gather, tokens)
+    index = everyones.expert_index - first
+    is_here = (index >= 0) & (index < num_local) & everyones.is_wanted
     out = _apply_replicated(
-        gather(x),
-        jnp.where(is_here, index, 0),
-        gather(gate),
-        is_here,
+        everyones._replace(expert_index=jnp.where(is_here, index, 0), is_wanted=is_here),
         experts,
         activation,
         None,
@@ -507,4 +475,4 @@ def _apply_gathered(
         may_be_even=False,  # most of the assignments are other devices'
     )
     y = jax.lax.psum_scatter(out.y, expert_axes, scatter_dimension=0, tiled=True)
-    return MoeOutput(y, is_wanted, out.num_slots)
+    return MoeOutput(y, tokens.is_wanted, out.num_slots)
