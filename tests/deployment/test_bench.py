@@ -310,6 +310,12 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(InputError, match="got other models than in bench"):
         bench.run_bench(out=out, model=other, **options)
     assert artifacts.read_json_lines(partial) == [begun, measured]
+    elsewhere = {**begun, "device": {**begun["device"], "kind": "TPU v5e"}}
+    moved = tmp_path / "new" / "bench.json.partial"
+    moved.parent.mkdir()
+    artifacts.append_json_line(moved, elsewhere)
+    with pytest.raises(InputError, match="got other devices than in bench"):
+        bench.run_bench(out=tmp_path / "new" / "bench.json", model=MODEL, **options)
 
     said.clear()
     result = bench.run_bench(out=out, model=MODEL, progress=said.append, **options)
@@ -545,8 +551,8 @@ def test_layouts_that_do_not_fit_together_are_measured_one_by_one():
         seed=0,
         has_training=False,
     )
-    subject = bench_cells.Subject(BenchModel("small", MODEL, None), 8, settings)
-    layouts = [resolve_layout(name, 8, 1) for name in settings.layouts]
+    subject = bench_cells.Subject(BenchModel("small", MODEL, None), 2, settings)
+    layouts = [resolve_layout(name, 2, 1) for name in settings.layouts]
     cells = bench_cells.measure(subject, layouts, failing_reference(1))
     assert [cell["layout"] for cell in cells] == ["sharded", "replicated"]
     assert [cell["status"] for cell in cells] == ["measured", "measured"]

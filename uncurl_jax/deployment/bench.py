@@ -185,8 +185,12 @@ def _plan(settings: BenchSettings, models: list[BenchModel], out: Path) -> _Plan
     if not lines:
         return plan
     begun, *done = lines
-    compared = ("schema", "versions", "device", "settings", "models")
+    compared = ("schema", "versions", "settings", "models")
     changed = [name for name in compared if begun.get(name) != record[name]]
+    # Not all of it: the memory that a GPU has free differs a little from start to start.
+    of_device = ("platform", "kind", "count")
+    if any(begun.get("device", {}).get(name) != devices[name] for name in of_device):
+        changed.append("devices")
     if changed:
         raise InputError(
             f"A benchmark goes on as it began, got other {' and '.join(changed)} than in "
@@ -198,6 +202,7 @@ def _plan(settings: BenchSettings, models: list[BenchModel], out: Path) -> _Plan
 def _measure_all(plan: _Plan, progress: Progress) -> list[dict[str, Any]]:
     """Measures what is not measured yet; returns the cells in the order of the plan."""
     settings = plan.settings
+    plan.out.parent.mkdir(parents=True, exist_ok=True)
     if not plan.has_begun:
         artifacts.append_json_line(plan.partial, plan.record)
     cells = {(cell["model"], cell["devices"], cell["layout"]): cell for cell in plan.done}
