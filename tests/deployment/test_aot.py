@@ -22,6 +22,7 @@ from uncurl_jax.config import DistillationConfig
 from uncurl_jax.deployment import aot
 from uncurl_jax.deployment.aot_request import Request, make_request
 from uncurl_jax.deployment.placement import Placement
+from uncurl_jax.deployment.slices import load_slice
 from uncurl_jax.errors import InputError
 from uncurl_jax.partitioning import make_mesh
 
@@ -302,22 +303,32 @@ def test_without_libtpu_the_sentence_says_what_to_install(call):
     assert not Path("out.json").exists()
 
 
-@pytest.fixture(scope="module")
-def compile_354m(tmp_path_factory) -> Callable[..., tuple[int, str, dict[str, Any]]]:
+def compile_in_a_process(
+    directory: Path, gin_file: str, *options: str
+) -> tuple[int, str, dict[str, Any]]:
+    """Returns status, stderr and report of `uncurl aot` as users run it."""
+    out = directory / "report.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "uncurl_jax.cli", "aot"),
+            *("--gin_file", gin_file, "--out", str(out), *options),
+        ],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr, json.loads(out.read_text()) if out.exists() else {}
+
+
+@pytest.fixture
+def compile_354m(tmp_path) -> Callable[..., tuple[int, str, dict[str, Any]]]:
     """Returns compile_354m(*options): status, stderr and report of the paper's pretraining."""
 
     def run(*options: str) -> tuple[int, str, dict[str, Any]]:
-        out = tmp_path_factory.mktemp("aot") / "report.json"
-        command = ["aot", "--gin_file", "gin/runs/paper_pretrain.gin", "--out", str(out), *options]
-        done = subprocess.run(
-            [sys.executable, "-m", "uncurl_jax.cli", *command],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stderr, json.loads(out.read_text()) if out.exists() else {}
+        (tmp_path / "report.json").unlink(missing_ok=True)
+        return compile_in_a_process(tmp_path, "gin/runs/paper_pretrain.gin", *options)
 
     return run
 
@@ -332,6 +343,28 @@ def all_to_alls(report: dict[str, Any], name: str, direction: str) -> dict[int, 
 
 
 MOE_LAYERS = range(0, 24, 2)
+SLICES = sorted(path.stem for path in (ROOT / "configs" / "slices").glob("*.json"))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", SLICES)
+def test_all_programs_compile_for_every_slice(tmp_path, name):
+    chips = load_slice(name, ROOT / "configs" / "slices").num_chips
+    (tmp_path / "run.gin").write_text(GIN)
+    status, error, report = compile_in_a_process(
+        tmp_path,
+        *("run.gin", "--slice", name, "--batch", str(2 * chips), "--expert_partitions", "8"),
+        *("--gin.config.TrainConfig.accumulation_steps=2",),
+        *("--gin.config.ModelConfig.eval_capacity_factor=1.0",),
+    )
+    assert status == 0, error
+    assert report["mesh"] == {"data": chips // 8, "expert": 8, "model": 1}
+    # MoE layers 0 and 2, of which calibration runs the experts of the first alone.
+    counts = {name: all_to_alls(report, name, "forward") for name in report["programs"]}
+    both = {0: 2, 2: 2}
+    assert counts == {"train": {0: 4, 2: 4}, "calibrate": {0: 2}, "evaluate": both, "decode": {}}
+    for program in report["programs"].values():
+        assert program["collectives"]["in_loops_of_unknown_length"] == 0
 
 
 @pytest.mark.aot

@@ -91,7 +91,11 @@ def test_a_model_on_a_mesh_is_refused(checkpoint):
 
 @pytest.mark.parametrize(
     ("expert_partitions", "model_partitions", "expert_axes"),
-    [(4, 1, None), (2, 2, None), (2, 1, ((), ("data", "expert")))],
+    [
+        (2, 2, None),
+        pytest.param(4, 1, None, marks=pytest.mark.slow),
+        pytest.param(2, 1, ((), ("data", "expert")), marks=pytest.mark.slow),
+    ],
 )
 def test_prefill_and_decode_step_on_a_mesh_equal_one_device(
     model, prompts, expert_partitions, model_partitions, expert_axes

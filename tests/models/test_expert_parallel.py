@@ -277,7 +277,7 @@ def skewed_tokens(num_experts: int, topk: int, tokens: int, skew: float) -> dict
     }
 
 
-@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("is_gated", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("capacity", [None, 40])
 @pytest.mark.parametrize("skew", [0.0, 2.0])
 def test_even_and_uneven_loads_give_the_loops_outputs_and_gradients(

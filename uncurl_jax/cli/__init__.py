@@ -1,8 +1,8 @@
 """The command line: `uncurl COMMAND`. Progress on stderr, one JSON line on stdout.
 
 Exit status: 0 success, 1 a gate failed or the program did, 2 the input was wrong (one sentence on
-stderr says what), 143 a training run stopped on SIGTERM with everything saved. Importing this module
-imports neither JAX nor TensorFlow; a command imports what it needs when it runs.
+stderr says what), 143 a training run stopped on SIGTERM with everything saved. Importing this
+module imports neither JAX nor TensorFlow; a command imports what it needs when it runs.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def check(
         "programs": results,
         "notes": [
             "Bytes and FLOPs are of one chip and one call of the program.",
-            "flops_per_chip is the compiler's count: a custom kernel counts 0, and a loop may "
-            "count one pass.",
+            "flops_per_chip and bytes_accessed_per_chip are the compiler's count: a custom kernel "
+            "counts 0, a loop one pass (one part of a batch with accumulation_steps above 1).",
             "bytes_on_the_wire: (g-1)/g of the payload for all-to-all and all-gather, 2(g-1)/g "
             "for all-reduce.",
             "Nothing was run: no times, no numerics.",
