@@ -210,6 +210,12 @@ def result(needed: float, rows: int = 8, **sizes: int) -> dict[str, Any]:
             result(150, rows=1, expert_parameters=80, other_parameters=10),
             ["--expert_partitions 4", "pruning to 2 experts (--num_experts 2)"],
         ),
+        # Divided among all eight chips 8 + 10 + 82, as one expert on every chip.
+        (
+            "evaluate",
+            result(170, rows=1, expert_parameters=80, other_parameters=8),
+            ["--expert_partitions 8", "pruning to 1 experts (--num_experts 1)"],
+        ),
         ("train", result(400, rows=1, other_parameters=300), []),
     ],
 )
@@ -217,6 +223,15 @@ def test_remedies_are_the_smallest_changes_that_would_do(ask, name, found, expec
     request = ask({"batch_size": 64}, num_experts=8)
     remedies = aot.remedies(request, make_mesh(), name, found)
     assert [text for text in remedies if "slice" not in text] == expected
+
+
+def test_pruning_and_dividing_together_is_a_remedy_where_neither_is(ask):
+    # Of 32 experts, 10 each, eight chips hold four each: 10 + 40 + 70. Of 16 two: 10 + 20 + 70.
+    found = result(400, rows=1, expert_parameters=320, other_parameters=10)
+    first, *_ = aot.remedies(ask(num_experts=32), make_mesh(), "evaluate", found)
+    assert (
+        first == "pruning to 16 experts and dividing them (--num_experts 16 --expert_partitions 8)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -404,5 +419,7 @@ def test_128_replicated_experts_do_not_fit_and_the_sentence_says_what_would(comp
     assert report["fits"] is False
     sentence = error.splitlines()[-1]
     assert sentence == f"uncurl aot: {report['sentence']}"
-    assert "train must fit v5e-16's 14.9 GiB of HBM per chip, got at least 1" in sentence
-    assert "--num_experts" in sentence or "--expert_partitions" in sentence
+    # Parameters and two moments of 12.96e9 float32 numbers are 145 GiB, and there is more.
+    assert "train must fit v5e-16's 14.9 GiB of HBM per chip, got at least 3" in sentence
+    assert "GiB, of which 146.9 are parameters, optimizer and inputs" in sentence
+    assert "pruning to 32 experts and dividing them (--num_experts 32 --expert_par" in sentence

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from uncurl_jax.config import ModelConfig, OptimizerConfig, TrainConfig, alternating_experts
 from uncurl_jax.deployment import programs
-from uncurl_jax.deployment.collectives import BACKWARD, FORWARD, Collective, find_collectives
+from uncurl_jax.deployment.collectives import (
+    BACKWARD,
+    FORWARD,
+    OTHER,
+    Collective,
+    find_collectives,
+)
 from uncurl_jax.deployment.costs import Traffic, expert_cost, rest_cost
 from uncurl_jax.deployment.interconnect import MeshShape, wire_bytes
 from uncurl_jax.deployment.job import Job, make_job
@@ -279,8 +285,10 @@ def test_experts_that_do_not_divide_are_gathered_as_planned():
     mesh = MeshShape(*case.mesh)
     cost = expert_cost(model_of(case), 0, mesh, X, Job("train", ROWS, LENGTH, "float32")).cost
     expected = planned(cost.traffic, "all_gather", "weights", mesh)
+    # jax 0.12 does not say that those of the forward pass belong to it.
     gathered = [
-        found("train", case, "all_gather", 0, direction, 4) for direction in (FORWARD, BACKWARD)
+        found("train", case, "all_gather", 0, direction, 4)
+        for direction in (FORWARD, BACKWARD, OTHER)
     ]
     assert [sum(pair) for pair in zip(*gathered, strict=True)] == expected
     assert expected[0] == 3 + 4  # wi, wo, wo_bias; the gradients of wi_bias too
