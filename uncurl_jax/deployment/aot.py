@@ -311,16 +311,22 @@ def remedies(request: Request, mesh: Mesh, name: str, result: dict[str, Any]) ->
         scale = rest / state if name == programs.TRAIN else 1.0
         return on_each < now and rest + computed * scale <= available
 
-    if experts and config.expert_axes is None:
-        places = mesh.size // config.model_partitions
-        for partitions in (d for d in range(2, most + 1) if places % d == 0):
-            if fits(math.ceil(most / partitions)):
-                yield f"--expert_partitions {partitions}"
-                break
+    places = mesh.size // config.model_partitions if config.expert_axes is None else 1
+    divisors = [d for d in range(1, min(most, places) + 1) if places % d == 0]
+    enough = [d for d in divisors if fits(math.ceil(most / d))] if experts else []
+    if enough:
+        yield f"--expert_partitions {enough[0]}"
     fewer = most // 2
     while experts and fewer >= request.model.num_selected_experts:
+        divided = max(d for d in divisors if d <= fewer)
         if fits(math.ceil(fewer / config.expert_partitions)):
             yield f"pruning to {fewer} experts (--num_experts {fewer})"
+            break
+        if not enough and fits(math.ceil(fewer / divided)):
+            yield (
+                f"pruning to {fewer} experts and dividing them "
+                f"(--num_experts {fewer} --expert_partitions {divided})"
+            )
             break
         fewer //= 2
     yield "a slice with more chips or more memory per chip"
