@@ -194,9 +194,8 @@ def alternatives(options: argparse.Namespace, num_experts: int) -> dict[str, Any
 
 def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], others: tuple[Any, ...]):
     """Returns (forward, forward and backward), each without arguments."""
-    cotangent = jax.random.normal(
-        jax.random.key(0), jax.eval_shape(function, *arguments, *others).shape
-    )
+    out = jax.eval_shape(function, *arguments, *others)
+    cotangent = jax.random.normal(jax.random.key(0), out.shape).astype(out.dtype)
 
     def with_gradients(arguments, others, cotangent):
         out, pull_back = jax.vjp(lambda *a: function(*a, *others), *arguments)
@@ -250,8 +249,11 @@ def measure(options: argparse.Namespace, num_experts: int) -> dict[str, Any]:
             name: {
                 "milliseconds": summary([1e3 * value for value in values]),
                 "tflops_per_second": round(times * flops / np.median(values) / 1e12, 2),
-                "dense_over_this": ratio(seconds["dense"], values),
-                "separate_kernels_over_this": ratio(seconds["separate_kernels"], values),
+                **{
+                    f"{floor}_over_this": ratio(seconds[floor], values)
+                    for floor in ("dense", "separate_kernels")
+                    if floor in seconds
+                },
                 **({"this_over_ours": ratio(values, seconds["ours"])} if "ours" in seconds else {}),
             }
             for name, values in seconds.items()

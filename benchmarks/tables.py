@@ -16,8 +16,23 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def parts(results: list[dict[str, Any]]) -> str:
+    def cell(part: dict[str, Any]) -> str:
+        rate = part.get("tflops_per_second")
+        return f"{part['milliseconds']['median']:.3f}" + (f" ({rate:.0f} TFLOP/s)" if rate else "")
+
+    header = ["part, ms", *(f"{result['num_experts']} experts" for result in results)]
+    rows = [
+        [name.replace("_", " "), *(cell(result["parts"][name]) for result in results)]
+        for name in results[0]["parts"]
+    ]
+    return table(header, rows)
+
+
 def moe_layer(record: dict[str, Any]) -> str:
     results = record["results"]
+    if "parts" in results[0]:
+        return parts(results)
     names = list(dict.fromkeys(name for result in results for name in result["forward"]))
     header = ["fraction of the dense network's speed, forward / with gradients"]
     header += [f"{result['num_experts']} experts" for result in results]
