@@ -216,7 +216,7 @@ def test_the_report_holds_headline_rows_and_a_page_that_fetches_nothing(tmp_path
     assert page.startswith("<!DOCTYPE html>")
     assert "A &lt;b&gt;study&lt;/b&gt;" in page and "<b>" not in page
     assert "drops &lt;8 %&gt;" in page
-    assert page.count("<svg") == page.count("</svg>") == 4
+    assert page.count("<svg") == page.count("</svg>") > 4
     for forbidden in (
         "http:",
         "https:",

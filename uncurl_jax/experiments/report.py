@@ -18,7 +18,7 @@ from scipy import stats
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import report_bench, report_figures, report_page
+from uncurl_jax.experiments import report_bench, report_evidence, report_page
 from uncurl_jax.pruning.plan import PruningPlan
 
 FORMAT_VERSION = 1
@@ -394,8 +394,9 @@ def write_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "benches": report_bench.describe(benches),
         "study": study,
     }
-    figures = report_figures.draw_figures(rows, plans) if runs else []
-    page = report_page.render(report, figures, report_bench.render_section(benches, directory))
+    report, figures, notes = report_evidence.illustrate(directory, report, plans, benches)
+    section = report_bench.render_section(benches, directory)
+    page = report_page.render(report, figures, section, notes)
     artifacts.write_json(directory / "report.json", report)
     with artifacts.atomic_file(directory / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")

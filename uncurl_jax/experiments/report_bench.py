@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments.report_figures import inline_svg
+from uncurl_jax.experiments.report_drawing import inline_svg
+from uncurl_jax.experiments.report_html import table_html
 
 SCHEMA = "uncurl_jax.bench/1"
 _FAMILY = SCHEMA.partition("/")[0]
@@ -211,24 +213,15 @@ def render_section(benches: Sequence[Bench], directory: Path) -> str:
 def _render(bench: Bench, directory: Path) -> str:
     record = bench.record
     said = "".join(f"<li>{html.escape(text)}</li>" for text in sentences(record))
-    kinds = ["text" if name in _TEXT_COLUMNS else "number" for name in COLUMNS]
-    head = "".join(
-        f'<th scope="col" class="{kind}">{html.escape(name)}</th>'
-        for kind, name in zip(kinds, COLUMNS, strict=True)
-    )
-    body = "\n".join(
-        "<tr>"
-        + "".join(
-            f'<td class="{kind}">{html.escape(text)}</td>'
-            for kind, text in zip(kinds, cells(cell), strict=True)
-        )
-        + "</tr>"
-        for cell in record["cells"]
+    table = table_html(
+        COLUMNS,
+        {"": [cells(cell) for cell in record["cells"]]},
+        text_columns=_TEXT_COLUMNS,
+        label=f"Measurements on {where(record)}",
     )
     return (
         f"<h3>{html.escape(where(record))}</h3><ul>{said}</ul>\n"
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>\n"
+        f"{table}\n"
         f'<p class="note">{html.escape(bench.file)}; {html.escape(_setting(record))}</p>\n'
         f'<div class="figures">{_pictures(bench, directory)}</div>'
     )
@@ -253,7 +246,14 @@ def _pictures(bench: Bench, directory: Path) -> str:
             svg = inline_svg(path.read_text(encoding="utf-8"), picture["alt"])
             caption = html.escape(picture["title"])
             figures.append(
-                f'<figure class="wide"><div class="plot" tabindex="0">{svg}</div>'
-                f"<figcaption>{caption}.</figcaption></figure>"
+                f'<figure class="several"><figcaption><strong>{caption}</strong></figcaption>'
+                f'<div class="plot" tabindex="0" role="region" aria-label="{caption}, scrolls">'
+                f'<div style="min-width: {_natural_pixels(svg)}px">{svg}</div></div></figure>'
             )
     return "\n".join(figures)
+
+
+def _natural_pixels(svg: str) -> int:
+    """Width at which an SVG's text has the size that it was drawn with: 96 pixels an inch."""
+    found = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+    return round(float(found[1]) * 96 / 72) if found else 0

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from uncurl_jax.experiments.report_drawing import Figure
+from uncurl_jax.experiments.report_html import (
+    document,
+    escape,
+    nested_html,
+    sections_html,
+    table_html,
+)
 
 COLUMNS = (
     "task",
@@ -174,44 +182,6 @@ def headline(findings: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-_STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1f24; --soft: #57606a;
-  --line: #d0d7de; --panel: #f6f8fa; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14171b; --ink: #e8eaed; --soft: #a4adb8; --line: #3a424c;
-    --panel: #1d2228; --accent: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.25rem 1rem 3rem; max-width: 68rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.05rem; font-weight: 600; color: var(--soft); margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .2rem; overflow-wrap: anywhere; }
-p, ul { margin: .4rem 0; } ul { padding-left: 1.2rem; }
-.headline { font-size: 1.35rem; line-height: 1.35; font-weight: 600; margin: 0 0 1rem;
-  padding-left: .8rem; border-left: .3rem solid var(--accent); overflow-wrap: anywhere; }
-.note { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
-table { border-collapse: collapse; font-size: .88rem; width: 100%;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .55rem; white-space: nowrap; border-bottom: 1px solid var(--line); }
-.text { text-align: left; } .number { text-align: right; }
-thead th { font-weight: 600; color: var(--soft); }
-tbody th { font-weight: 600; background: var(--panel); }
-tbody:last-child tr:last-child td { border-bottom: 0; }
-.figures { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius: .4rem;
-  min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figure .plot { overflow-x: auto; }
-figure svg { display: block; width: 100%; height: auto; }
-figcaption { font-size: .88rem; color: var(--soft); margin-top: .4rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem .8rem;
-  font-size: .88rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-summary { cursor: pointer; color: var(--accent); }
-"""
-
 _READING = (
     "Scores are percent of the task's own metric on its validation split; higher is better.",
     "Intervals are 95 %: Student's over seeds, or with an asterisk the bootstrap over the examples "
@@ -224,92 +194,69 @@ _READING = (
 )
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _models_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of all models, a body with a heading for each task."""
-    classes = ["text" if name in TEXT_COLUMNS else "number" for name in COLUMNS[1:]]
-    head = "".join(
-        f'<th scope="col" class="{kind}">{html.escape(name)}</th>'
-        for kind, name in zip(classes, COLUMNS[1:], strict=True)
-    )
-    bodies = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        heading = (
-            f'<th scope="rowgroup" class="text" colspan="{len(classes)}">{html.escape(task)}</th>'
-        )
-        lines = [f"<tr>{heading}</tr>"]
-        for row in rows:
-            if row["task"] == task:
-                texts = zip(classes, cells(row)[1:], strict=True)
-                line = "".join(
-                    f'<td class="{kind}">{html.escape(cell)}</td>' for kind, cell in texts
-                )
-                lines.append(f"<tr>{line}</tr>")
-        bodies.append("<tbody>" + "\n".join(lines) + "</tbody>")
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
-        + "\n".join(bodies)
-        + "</table></div>"
-    )
+    groups = {
+        str(task): [cells(row)[1:] for row in rows if row["task"] == task]
+        for task in dict.fromkeys(row["task"] for row in rows)
+    }
+    return table_html(COLUMNS[1:], groups, text_columns=TEXT_COLUMNS, label="All models")
 
 
-def _details(values: Any) -> str:
-    if isinstance(values, Mapping):
-        items = "".join(
-            f"<dt>{html.escape(str(key))}</dt><dd>{_details(value)}</dd>"
-            for key, value in values.items()
-        )
-        return f"<dl>{items}</dl>"
-    if isinstance(values, list | tuple):
-        return ", ".join(_details(value) for value in values) or "–"
-    return html.escape(str(values))
-
-
-def _figure(figure: Any) -> str:
-    wide = ' class="wide"' if figure.min_width > 640 else ""
-    return (
-        f'<figure{wide}><div class="plot" tabindex="0"><div style="min-width: '
-        f"{min(figure.min_width, 340) if not wide else figure.min_width}px; "
-        f'max-width: {max(figure.min_width, 640)}px; margin: auto">{figure.svg}</div></div>'
-        f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
-    )
-
-
-def render(report: Mapping[str, Any], figures: Sequence[Any], benches: str = "") -> str:
+def render(
+    report: Mapping[str, Any],
+    figures: Sequence[Figure],
+    benches: str = "",
+    notes: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """Returns the whole page.
 
     Args:
       report: what report.json holds.
-      figures: as `report_figures.draw_figures` returns them.
+      figures: in the order of the page.
       benches: the section of benchmarks, as HTML.
+      notes: by section, sentences about what is left out of it.
     """
     if not report["rows"]:
-        headline = f'<p class="headline">{html.escape(report["headline"])}</p>'
-        return _document(report["title"], f"{headline}\n{benches}")
+        headline = f'<p class="headline">{escape(report["headline"])}</p>'
+        return document(report["title"], f"{headline}\n{benches}")
     findings = "\n".join(
-        f"<h3>{html.escape(finding['task'])}</h3><ul>"
-        + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in finding["sentences"])
+        f"<h3>{escape(finding['task'])}</h3><ul>"
+        + "".join(f"<li>{escape(sentence)}</li>" for sentence in finding["sentences"])
         + "</ul>"
         for finding in report["findings"]
     )
     warnings = "".join(
-        f"<li>{html.escape(task)}: {html.escape(warning)}</li>"
+        f"<li>{escape(task)}: {escape(warning)}</li>"
         for task, shown in report["plans_shown"].items()
         for warning in shown["warnings"]
     )
-    reading = "".join(f"<li>{html.escape(text)}</li>" for text in _READING)
-    study = {key: value for key, value in report["study"].items() if key != "title"}
-    body = f"""<p class="headline">{html.escape(report["headline"])}</p>
+    advice = report.get("recommendation")
+    reading = "".join(f"<li>{escape(text)}</li>" for text in _READING)
+    body = f"""{f'<p class="recommendation">{escape(advice["text"])}</p>' if advice else ""}
+<p class="headline">{escape(report["headline"])}</p>
+<h2>Findings</h2>
 {findings}
 <h2>Models</h2>
-{_table(report["rows"])}
+{_models_table(report["rows"])}
 <p class="note">{_plural(report["num_runs"], "run")}. * interval over the examples of one run.</p>
-{_plots(figures)}
-{f"<h3>Warnings in the plans shown</h3><ul>{warnings}</ul>" if warnings else ""}
+{sections_html(figures, notes or {})}
+{f"<h2>Warnings in the plans shown</h2><ul>{warnings}</ul>" if warnings else ""}
 {benches}
 <h2>How to read this</h2>
 <ul>{reading}</ul>
-<details><summary>Device, versions and configuration</summary>{_details(study)}</details>"""
-    return _document(report["title"], body)
+{_provenance(report["study"])}"""
+    return document(report["title"], body)
+
+
+def _provenance(study: Mapping[str, Any]) -> str:
+    """Device and versions in sight, the configuration to be unfolded."""
+    shown = {key: study[key] for key in ("device", "versions") if study.get(key)}
+    rest = {key: value for key, value in study.items() if key not in ("title", *shown)}
+    return (
+        f"<h2>Provenance</h2>{nested_html(shown) if shown else ''}"
+        f"<details><summary>Configuration</summary>{nested_html(rest)}</details>"
+    )
 
 
 def render_plan(
@@ -317,7 +264,7 @@ def render_plan(
     verdict: str,
     table: Sequence[Sequence[str]],
     notes: Sequence[str],
-    figures: Sequence[Any],
+    figures: Sequence[Figure],
 ) -> str:
     """Returns a plan's page.
 
@@ -328,45 +275,12 @@ def render_plan(
       notes: sentences about layers.
       figures: clusters and loads.
     """
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table[1:]
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    layers = table_html(
+        table[0], {"": table[1:]}, text_columns=("method",), label="Diagnostics of every layer"
     )
-    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    body = f"""<p class="headline">{html.escape(verdict)}</p>
-<div class="figures"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+    body = f"""<p class="headline">{escape(verdict)}</p>
+{layers}
 <ul>{items}</ul>
-{_plots(figures)}"""
-    return _document(title, body)
-
-
-def _plots(figures: Sequence[Any]) -> str:
-    sections = {
-        section: "\n".join(_figure(figure) for figure in figures if figure.section == section)
-        for section in dict.fromkeys(figure.section for figure in figures)
-    }
-    return "\n".join(
-        f'<h2>{html.escape(section)}</h2>\n<div class="figures">{content}</div>'
-        for section, content in sections.items()
-    )
-
-
-def _document(title: str, body: str) -> str:
-    """Returns a self-contained page: nothing is fetched, no script runs."""
-    title = html.escape(title)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
+{sections_html(figures, {})}"""
+    return document(title, body)
