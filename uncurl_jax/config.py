@@ -273,12 +273,38 @@ class DistillationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """When a stage stops before its last step, and which of its checkpoints is its result.
+
+    The validation rows are scored every so often; what is kept is the checkpoint with the best
+    score (rank classification) or the smallest loss (plain text).
+
+    Attributes:
+      every_steps: how often the validation rows are scored; the last step is scored too.
+      patience: scores in a row without a new best after which the stage stops.
+    """
+
+    every_steps: int
+    patience: int = 3
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.patience < 1:
+            raise InputError(
+                "every_steps and patience must be at least 1, got "
+                f"{self.every_steps} and {self.patience}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training stage: what is trained, on which token cache, for how long.
 
     Attributes:
       optimizer: how.
-      num_steps: optimizer steps.
+      num_steps: the last optimizer step.
+      begin_step: step to begin at, for a stage that goes on with the data and the learning rate of
+        another (pruning during pretraining); the optimizer's moments begin fresh.
+      schedule_steps: step at which the learning rate has decayed to its end; None is num_steps.
       batch_size: rows per optimizer step, over all devices and processes.
       model: the architecture to start fresh; None goes on from a checkpoint given to the stage.
       trainable: "all", or "router" for the warm-up after a prune (everything else is frozen).
@@ -297,6 +323,7 @@ class TrainConfig:
         device holds whole. None is ("expert",) everywhere.
       distillation: what is learned from a teacher, whose checkpoint is given to the stage; None
         for nothing.
+      early_stopping: on a validation split given to the stage; None trains to the last step.
     """
 
     optimizer: OptimizerConfig
@@ -315,8 +342,21 @@ class TrainConfig:
     model_partitions: int = 1
     expert_axes: tuple[tuple[str, ...], ...] | None = None
     distillation: DistillationConfig | None = None
+    begin_step: int = 0
+    schedule_steps: int | None = None
+    early_stopping: EarlyStoppingConfig | None = None
 
     def __post_init__(self):
+        if not 0 <= self.begin_step < self.num_steps:
+            raise InputError(
+                "begin_step must be at least 0 and below num_steps, got "
+                f"{self.begin_step} and {self.num_steps}."
+            )
+        if self.schedule_steps is not None and self.schedule_steps < self.num_steps:
+            raise InputError(
+                "schedule_steps must be at least num_steps, or None, got "
+                f"{self.schedule_steps} and {self.num_steps}."
+            )
         if self.trainable not in ("all", "router"):
             raise InputError(f'trainable must be "all" or "router", got {self.trainable!r}.')
         for name in ("num_steps", "batch_size", "accumulation_steps", "log_every_steps"):

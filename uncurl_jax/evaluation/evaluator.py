@@ -142,6 +142,29 @@ def evaluate_model(
     return Evaluation(summary, predictions)
 
 
+def validation_score(
+    model: LoadedModel,
+    cache: TokenCache,
+    *,
+    examples_per_batch: int = 16,
+    is_length_normalized: bool = False,
+) -> float:
+    """Scores a model that is being trained; higher is better.
+
+    Args:
+      model: with its current parameters.
+      cache: a task with options (the score in percent) or plain text (minus the loss, nats a
+        token).
+      examples_per_batch: see `evaluate_model`.
+      is_length_normalized: see `evaluate_model`.
+    """
+    if cache.kind == RANK_CLASSIFICATION:
+        part, _, _ = _rank(model, cache, examples_per_batch, is_length_normalized, True)
+        return float(part["score"])
+    part, _, _ = _loss(model, cache, examples_per_batch, True)
+    return -float(part["score"])
+
+
 def _rank(
     model: LoadedModel, cache: TokenCache, examples_per_batch: int, normalize: bool, quiet: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:

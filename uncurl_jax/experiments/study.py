@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 from uncurl_jax.config import ModelConfig, TrainConfig
+from uncurl_jax.data.mixtures import MixtureConfig
 from uncurl_jax.errors import InputError
 
 PRUNED, UNPRUNED, SCRATCH = "pruned", "unpruned", "scratch"
+DURING_PRETRAINING = "during_pretraining"
+"""Name that models pruned during pretraining have in place of a method."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneGrid:
+    """Settings of fine-tuning to choose from, for every kind of model alike.
+
+    Every combination is fine-tuned with a seed of its own; the one with the best validation score
+    is what all seeds of that model, task and size are fine-tuned with.
+
+    Attributes:
+      learning_rates: peaks; () keeps that of the stage.
+      num_steps: lengths; () keeps that of the stage.
+      seed: of the trials; not one of the study's, whose scores would then be chosen ones.
+    """
+
+    learning_rates: tuple[float, ...] = ()
+    num_steps: tuple[int, ...] = ()
+    seed: int = 1000
+
+    def __post_init__(self):
+        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
+        object.__setattr__(self, "num_steps", tuple(self.num_steps))
+
+    def points(self, stage: TrainConfig) -> list[TrainConfig]:
+        """Returns the stage with each combination."""
+        return [
+            dataclasses.replace(
+                stage,
+                num_steps=steps,
+                optimizer=dataclasses.replace(stage.optimizer, peak_learning_rate=rate),
+            )
+            for rate in self.learning_rates or (stage.optimizer.peak_learning_rate,)
+            for steps in self.num_steps or (stage.num_steps,)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +55,16 @@ class StudyConfig:
 
     For each task and seed: the source model fine-tuned, the source pruned by each method to each
     smaller count (calibrate, plan, prune, router-only warm-up, fine-tune), and a model of each
-    smaller count trained from scratch and fine-tuned; all evaluated on the validation split.
+    smaller count trained from scratch and fine-tuned; all evaluated on the validation split. With
+    `prefinetune` every one of them is trained on the mixture before it is fine-tuned, with the same
+    budget (arXiv 2409.01483, Figure 3).
 
     Attributes:
       title: heading of the report.
       model: the architecture; entries of num_experts that are not 0 get each count in turn.
       pretrain, warmup, finetune: the stages. Pretraining keeps its own seed; the seeds of the
-        study are those of pruning, warm-up and fine-tuning.
+        study are those of pruning, warm-up and fine-tuning. `pretrain` and `corpus` are None if a
+        `checkpoint` is given.
       corpus: pretraining task, a registered name or a LanguageModelingTask.
       tasks: tasks to prune for, registered names or JsonlTasks.
       source_num_experts: Z, the counts to prune from.
@@ -36,6 +77,14 @@ class StudyConfig:
         as someone who has such a checkpoint would do, and not the pretrained one as in the paper.
       has_zero_shot: whether every model is also evaluated before it is trained on the task (a
         pruned one right after the prune).
+      prefinetune: a stage on the mixture between warm-up and fine-tuning; None leaves it out.
+      mixture: what `prefinetune` trains on. Tasks of the study are left out of it, by name and by
+        text.
+      finetune_grid: settings of fine-tuning to choose from; None takes `finetune` as it is.
+      pretraining_prunes: fractions of pretraining after which a source model is pruned with UNCURL
+        on the pretraining text and goes on, to each target in equal ratios; () leaves it out. It
+        takes the first of `routers`, and is compared as the method "during_pretraining".
+      checkpoint: what to prune in place of pretrained models; source_num_experts is its count.
       has_scratch: whether models of the target counts are trained from scratch.
       affinity, alignment, gate_compensation: see `uncurl_jax.pruning.plan.make_plan`.
       vocabulary: spec, see `uncurl_jax.data.vocabulary.load_vocabulary`.
@@ -52,10 +101,10 @@ class StudyConfig:
 
     title: str
     model: ModelConfig
-    pretrain: TrainConfig
+    pretrain: TrainConfig | None
     warmup: TrainConfig
     finetune: TrainConfig
-    corpus: Any
+    corpus: Any | None
     tasks: tuple[Any, ...]
     source_num_experts: tuple[int, ...]
     target_num_experts: tuple[int, ...]
@@ -65,6 +114,11 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0,)
     prunes_finetuned: bool = False
     has_zero_shot: bool = False
+    prefinetune: TrainConfig | None = None
+    mixture: MixtureConfig | None = None
+    finetune_grid: FinetuneGrid | None = None
+    pretraining_prunes: tuple[float, ...] = ()
+    checkpoint: str | None = None
     has_scratch: bool = True
     affinity: str = "cosine"
     alignment: str | None = None
@@ -103,11 +157,46 @@ class StudyConfig:
             raise InputError(
                 f'warmup.trainable must be "router", got {self.warmup.trainable!r}: set it so.'
             )
-        for name in ("warmup", "finetune"):
-            if getattr(self, name).model is not None:
+        self._check_sources()
+        for name in ("warmup", "finetune", "prefinetune"):
+            if getattr(self, name) is not None and getattr(self, name).model is not None:
                 raise InputError(
                     f"{name}.model must be left out, the stage goes on from a checkpoint: unset it."
                 )
+
+    def _check_sources(self) -> None:
+        object.__setattr__(self, "pretraining_prunes", tuple(self.pretraining_prunes))
+        if (self.prefinetune is None) != (self.mixture is None):
+            raise InputError(
+                "prefinetune and mixture belong together, got one of them: give both or neither."
+            )
+        fractions = (0.0, *self.pretraining_prunes, 1.0)
+        if any(a >= b for a, b in itertools.pairwise(fractions)):
+            raise InputError(
+                "pretraining_prunes must be fractions of pretraining in ascending order, above 0 "
+                f"and below 1, got {self.pretraining_prunes}."
+            )
+        if self.finetune_grid is not None and self.finetune_grid.seed in self.seeds:
+            raise InputError(
+                f"finetune_grid.seed must not be one of the study's seeds {self.seeds}, got "
+                f"{self.finetune_grid.seed}: it would be judged by the scores it was chosen by."
+            )
+        if self.checkpoint is None:
+            if self.pretrain is None or self.corpus is None:
+                raise InputError(
+                    "A study needs models to prune, got neither pretrain and corpus nor a "
+                    "checkpoint: give one of them."
+                )
+            return
+        if self.has_scratch or self.pretraining_prunes or len(self.source_num_experts) > 1:
+            raise InputError(
+                "A study of a given checkpoint has one source_num_experts, and neither "
+                "has_scratch nor pretraining_prunes, got others: they need pretraining."
+            )
+        if self.mixture is not None and self.mixture.corpus_share and self.corpus is None:
+            raise InputError(
+                "mixture.corpus_share needs a corpus, got none: name one or set the share to 0."
+            )
 
     @property
     def row_length(self) -> int:
@@ -150,6 +239,11 @@ class WorkItem:
             head = f"{self.num_experts}-{self.kind}"
         return f"{head}-{self.task}-seed{self.seed}"
 
+    @property
+    def group(self) -> str:
+        """What its seeds have in common, as a name."""
+        return self.run.removesuffix(f"-seed{self.seed}")
+
 
 def task_name(task: Any) -> str:
     """Name of a task that is given by name or as an object."""
@@ -170,6 +264,13 @@ def work_items(config: StudyConfig) -> list[WorkItem]:
                     if target < source
                     for method in config.methods
                     for router in config.routers
+                )
+                items.extend(
+                    WorkItem(
+                        PRUNED, source, target, DURING_PRETRAINING, config.routers[0], task, seed
+                    )
+                    for target in config.target_num_experts
+                    if target < source and config.pretraining_prunes
                 )
     if config.has_scratch:
         # A count that is also a source is there already, as the unpruned model of that size.

@@ -12,8 +12,13 @@ from uncurl_jax.config import OptimizerConfig
 _UNDECAYED = ("bias", "wi_bias", "wo_bias", "scale")
 
 
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then the chosen decay, which reaches 0 at `num_steps`."""
+def learning_rate_schedule(
+    config: OptimizerConfig, num_steps: int, begin_step: int = 0
+) -> optax.Schedule:
+    """Linear warm-up from 0, then the chosen decay, which reaches 0 at `num_steps`.
+
+    What it returns counts from `begin_step`.
+    """
     decay_steps = max(num_steps - config.warmup_steps, 1)
     peak = config.peak_learning_rate
     decay = {
@@ -21,10 +26,11 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
-    if not config.warmup_steps:
-        return decay
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    whole = decay
+    if config.warmup_steps:
+        warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+        whole = optax.join_schedules([warmup, decay], [config.warmup_steps])
+    return whole if not begin_step else lambda count: whole(count + begin_step)
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
@@ -41,7 +47,7 @@ def trained_leaves(tree: Any, trainable: str) -> list[jax.Array]:
 
 
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, trainable: str = "all"
+    config: OptimizerConfig, num_steps: int, trainable: str = "all", begin_step: int = 0
 ) -> optax.GradientTransformation:
     """Returns the optimizer; with trainable "router", all but router kernels get zero updates.
 
@@ -61,7 +67,7 @@ def make_optimizer(
     adamw = optax.chain(
         clip,
         optax.adamw(
-            learning_rate_schedule(config, num_steps),
+            learning_rate_schedule(config, num_steps, begin_step),
             b1=config.b1,
             b2=config.b2,
             eps=config.epsilon,

@@ -50,12 +50,21 @@ class BatchTotals(NamedTuple):
     tokens: jax.Array
 
 
+def _optimizer_of(config: TrainConfig) -> optax.GradientTransformation:
+    return optimizer.make_optimizer(
+        config.optimizer,
+        config.schedule_steps or config.num_steps,
+        config.trainable,
+        config.begin_step,
+    )
+
+
 def new_state(params: Params, config: TrainConfig) -> TrainState:
-    """Returns step 0 with a fresh optimizer state, sharded as the parameters are."""
-    transformation = optimizer.make_optimizer(config.optimizer, config.num_steps, config.trainable)
+    """Returns `begin_step` with a fresh optimizer state, sharded as the parameters are."""
+    transformation = _optimizer_of(config)
     shardings = _state_shardings(jax.eval_shape(transformation.init, params), params)
     opt_state = jax.jit(transformation.init, out_shardings=shardings)(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    return TrainState(jnp.int32(config.begin_step), params, opt_state)
 
 
 def _state_shardings(abstract_opt_state: Any, params: Params) -> Any:
@@ -96,7 +105,7 @@ def from_state_dict(template: Any, values: Any) -> Any:
 def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh | None) -> tuple[Any, Any]:
     """Returns (parameters, optimizer state) as ShapeDtypeStructs with shardings, to restore."""
     params = abstract_params(model, mesh, config.expert_axes)
-    transformation = optimizer.make_optimizer(config.optimizer, config.num_steps, config.trainable)
+    transformation = _optimizer_of(config)
     opt_state = jax.eval_shape(transformation.init, params)
     if mesh is not None:
         shardings = _state_shardings(opt_state, params)
@@ -129,7 +138,8 @@ def make_train_step(
     return _compiled_step(
         model,
         config.optimizer,
-        config.num_steps,
+        config.schedule_steps or config.num_steps,
+        config.begin_step,
         config.trainable,
         config.accumulation_steps,
         mesh,
@@ -145,6 +155,7 @@ def _compiled_step(
     model,
     optimizer_config,
     num_steps,
+    begin_step,
     trainable,
     accumulation,
     mesh,
@@ -157,7 +168,7 @@ def _compiled_step(
     # Router logits are observed if they are compared.
     has_router_term = teacher is not None and bool(teacher.clusters)
     mutable = ["intermediates", *(["router_observations"] if has_router_term else [])]
-    transformation = optimizer.make_optimizer(optimizer_config, num_steps, trainable)
+    transformation = optimizer.make_optimizer(optimizer_config, num_steps, trainable, begin_step)
     schedule = optimizer.learning_rate_schedule(optimizer_config, num_steps)
 
     def teach(

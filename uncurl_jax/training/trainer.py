@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -28,7 +31,7 @@ from uncurl_jax.artifacts import (
     write_json,
 )
 from uncurl_jax.checkpoints import layout, store
-from uncurl_jax.checkpoints.model import load_model
+from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.config import ModelConfig, TrainConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
@@ -39,11 +42,18 @@ from uncurl_jax.partitioning import (
     make_mesh,
     place_batch,
 )
-from uncurl_jax.training import distillation, preemption, throughput, train_step
+from uncurl_jax.training import (
+    distillation,
+    early_stopping,
+    preemption,
+    throughput,
+    train_step,
+)
 
 _RUN_FILE = "train_config.json"
 _SUMMARY_FILE = "train_summary.json"
 _METRICS_FILE = "metrics.jsonl"
+_BEST = "best"
 # Settings of TrainConfig that say where a run is computed, not what.
 _TOPOLOGY = frozenset({"expert_partitions", "model_partitions", "expert_axes"})
 
@@ -52,8 +62,8 @@ class TrainResult(NamedTuple):
     """What a finished stage leaves.
 
     Attributes:
-      checkpoint: directory of the checkpoint.
-      step: its step.
+      checkpoint: directory of the checkpoint: with early stopping best/checkpoint_<step> in it.
+      step: the last step of this call.
       metrics: the last metrics written.
       seconds: wall time of this call.
       tokens: real tokens trained on, by the whole stage.
@@ -76,6 +86,7 @@ class _Run(NamedTuple):
     mesh: Mesh | None
     initial: layout.CheckpointPath | None
     teacher: _GivenTeacher | None
+    validation: early_stopping.Validation | None
     record: dict[str, Any]
     out: Path
 
@@ -100,6 +111,7 @@ def train(
     out: str | os.PathLike[str],
     initial_checkpoint: str | os.PathLike[str] | None = None,
     teacher: str | os.PathLike[str] | None = None,
+    validation: early_stopping.Validation | None = None,
     stop_after_step: int | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -124,6 +136,8 @@ def train(
         train_config.json, metrics.jsonl, tensorboard/ and, once finished, train_summary.json
         beside the checkpoints.
       initial_checkpoint: parameters to begin with; the optimizer begins fresh.
+      validation: what `config.early_stopping` scores; with it the best checkpoint lies in best/
+        of `out`, and `early_stopping.result_of(out)` names it.
       teacher: checkpoint that `config.distillation` learns from, usually the unpruned one.
       stop_after_step: stop early after a checkpoint at this step, as a preemption would.
       quiet: no progress bar.
@@ -141,7 +155,7 @@ def train(
             f"A training run appends to files in its output, so that must be on a file system that "
             f"all processes share, got {out}: mount the bucket and give its path."
         )
-    run = _check(config, Path(cache), Path(out), initial_checkpoint, teacher)
+    run = _check(config, Path(cache), Path(out), initial_checkpoint, teacher, validation)
     is_first_process = jax.process_index() == 0
     checkpoints = store.CheckpointStore(
         run.out,
@@ -154,10 +168,18 @@ def train(
         if is_first_process:
             write_json(run.out / _RUN_FILE, run.record)
         state = _first_state(run, checkpoints.latest_step())
-        result = _loop(run, state, checkpoints, watch, stop_after_step, quiet)
-    if is_first_process and result.step == config.num_steps:
+        with _early_stopping(run, int(state.step)) as stopping:
+            result = _loop(run, state, checkpoints, watch, stopping, stop_after_step, quiet)
+        is_over = result.step == config.num_steps or (stopping is not None and stopping.is_over)
+    best = None if stopping is None else stopping.best
+    if best is not None and is_over:
+        result = result._replace(checkpoint=run.out / _BEST / f"checkpoint_{best[0]}")
+    if is_first_process and is_over:
         summary = {
-            "checkpoint": f"checkpoint_{result.step}",
+            "checkpoint": f"checkpoint_{result.step}"
+            if best is None
+            else result.checkpoint.relative_to(run.out).as_posix(),
+            **({} if best is None else {"best": {"step": best[0], "score": best[1]}}),
             "step": result.step,
             "tokens": result.tokens,
             "seconds_of_last_call": result.seconds,
@@ -168,12 +190,40 @@ def train(
     return result
 
 
+@contextlib.contextmanager
+def _early_stopping(run: _Run, begin: int) -> Iterator[early_stopping.EarlyStopping | None]:
+    config = run.config.early_stopping
+    if config is None or run.validation is None:
+        yield None
+        return
+    if jax.process_index() == 0:
+        early_stopping.remove_later(run.out / _BEST, begin)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("uncurl_jax early stopping")
+    with store.CheckpointStore(
+        run.out / _BEST,
+        model_config=run.model,
+        provenance=run.record["provenance"],
+        vocabulary=run.record["vocabulary"],
+        max_to_keep=2,
+    ) as checkpoints:
+        lines = _lines_until(run.out / _METRICS_FILE, begin)
+        yield early_stopping.EarlyStopping(config, run.validation, checkpoints, lines)
+
+
+def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Metrics up to a step; what an interrupted run wrote beyond it will be written again."""
+    lines = read_json_lines(path) if path.exists() else []
+    return [line for line in lines if line["step"] <= step]
+
+
 def _check(
     config: TrainConfig,
     cache_path: Path,
     out: Path,
     initial: str | os.PathLike[str] | None,
     teacher_path: str | os.PathLike[str] | None,
+    validation: early_stopping.Validation | None,
 ) -> _Run:
     """Checks everything that can be wrong before any work, and writes nothing."""
     cache = TokenCache.open(cache_path)
@@ -226,6 +276,11 @@ def _check(
     mesh = mesh if mesh.size > 1 else None
     check_batch_size(config.batch_size, mesh)
     check_expert_axes(config.expert_axes, model.num_layers)
+    if (config.early_stopping is None) != (validation is None):
+        raise InputError(
+            "TrainConfig.early_stopping needs validation rows and these need it, got one of them: "
+            "give --validation with it, or neither."
+        )
     teacher = _check_teacher(config, teacher_path, model, initial_path, cache, length)
     if teacher is not None:
         provenance["teacher"] = teacher.record
@@ -240,6 +295,7 @@ def _check(
         "vocabulary": vocabulary,
         "provenance": provenance,
         **({} if teacher is None else {"teacher": teacher.record}),
+        **({} if validation is None else {"validation": validation.record}),
     }
     record = json.loads(json.dumps(record))
     if is_finished(out):
@@ -260,7 +316,7 @@ def _check(
             f"An output must be new or an unfinished run, got {out} which holds a checkpoint of "
             "something else: choose another --out."
         )
-    return _Run(config, model, cache, length, mesh, initial_path, teacher, record, out)
+    return _Run(config, model, cache, length, mesh, initial_path, teacher, validation, record, out)
 
 
 def _what_is_computed(record: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +376,7 @@ def _train_batches(
 def _first_state(run: _Run, latest_step: int | None) -> train_step.TrainState:
     """Returns the state to begin with: resumed, from the initial checkpoint, or fresh."""
     config, mesh = run.config, run.mesh
-    if latest_step == config.num_steps and not config.keep_optimizer_state:
+    if latest_step is not None and not config.keep_optimizer_state and _is_last(run, latest_step):
         # Killed between its last checkpoint, which has no optimizer state, and its summary.
         params = load_model(run.out, mesh, config.expert_axes).params
         return train_step.new_state(params, config)._replace(step=jnp.int32(latest_step))
@@ -341,11 +397,20 @@ def _first_state(run: _Run, latest_step: int | None) -> train_step.TrainState:
     return train_step.new_state(params, config)
 
 
+def _is_last(run: _Run, step: int) -> bool:
+    """Whether a run ended at a step: its last one, or where early stopping ended it."""
+    if step == run.config.num_steps or run.config.early_stopping is None:
+        return step == run.config.num_steps
+    lines = _lines_until(run.out / _METRICS_FILE, step)
+    return early_stopping.is_over(lines, run.config.early_stopping.patience)
+
+
 def _loop(
     run: _Run,
     state: train_step.TrainState,
     checkpoints: store.CheckpointStore,
     watch: preemption.Watch,
+    stopping: early_stopping.EarlyStopping | None,
     stop_after_step: int | None,
     quiet: bool,
 ) -> TrainResult:
@@ -370,15 +435,25 @@ def _loop(
     try:
         is_stopping = watch.is_due()
         while step < end and not is_stopping:
+            if stopping is not None and stopping.is_over:
+                end = step
+                break
             batch = place_batch(next(batches), run.mesh)
             state, metrics = step_function(state, batch, config.seed, *taught)
             step += 1
             is_stopping = watch.is_due()
             is_saved = step == end or is_stopping or bool(every and step % every == 0)
             # What is saved was seen to be finite, and a resumed run finds a line for its step.
-            log.add(step, metrics, is_due=is_saved or step % config.log_every_steps == 0)
+            is_scored = stopping is not None and stopping.is_due(step, config.num_steps)
+            is_due = is_saved or is_scored or step % config.log_every_steps == 0
+            scores = {}
+            if stopping is not None and is_scored:
+                scores[early_stopping.SCORE] = stopping.score(step, _model_of(run, state, step))
+                is_saved = is_saved or stopping.is_over
+            log.add(step, metrics, scores, is_due=is_due)
             if is_saved:
-                has_state = config.keep_optimizer_state or step < config.num_steps
+                is_last = step == config.num_steps or (stopping is not None and stopping.is_over)
+                has_state = config.keep_optimizer_state or not is_last
                 opt_state = train_step.state_dict(state.opt_state) if has_state else None
                 checkpoints.save(step, state.params, opt_state)
         checkpoints.wait()
@@ -387,6 +462,18 @@ def _loop(
     if step < end:
         raise preemption.Preempted(run.out, step)
     return TrainResult(run.out, end, log.last, log.seconds, log.tokens)
+
+
+def _model_of(run: _Run, state: train_step.TrainState, step: int) -> LoadedModel:
+    """The model as it is after a step, to score it."""
+    return LoadedModel(
+        run.model,
+        state.params,
+        run.record["vocabulary"],
+        layout.CheckpointPath(epath.Path(run.out), step),
+        run.mesh,
+        run.config.expert_axes,
+    )
 
 
 class _MetricsLog:
@@ -399,9 +486,7 @@ class _MetricsLog:
         self._peak = throughput.peak_flops_per_second(jax.devices()[0].device_kind)
         self._started = self._mark = time.perf_counter()
         self._path = run.out / _METRICS_FILE
-        lines = read_json_lines(self._path) if self._path.exists() else []
-        # What an interrupted run wrote beyond its last checkpoint will be written again.
-        lines = [line for line in lines if line["step"] <= begin]
+        lines = _lines_until(self._path, begin)
         self.last: dict[str, float] = lines[-1] if lines else {}
         self.tokens = int(self.last.get("tokens", 0))
         self._uncounted_tokens: list[jax.Array] = []
@@ -424,7 +509,14 @@ class _MetricsLog:
         """Wall time since the log was opened."""
         return time.perf_counter() - self._started
 
-    def add(self, step: int, metrics: dict[str, jax.Array], *, is_due: bool) -> None:
+    def add(
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        scores: dict[str, float],
+        *,
+        is_due: bool,
+    ) -> None:
         """Takes the metrics of a step, still on the device unless they are due to be written.
 
         Raises:
@@ -449,7 +541,7 @@ class _MetricsLog:
                     f"{self._path.parent}: lower OptimizerConfig.peak_learning_rate and start "
                     "again."
                 )
-        line = {"step": step, "tokens": self.tokens, **values, "tokens_per_second": rate}
+        line = {"step": step, "tokens": self.tokens, **values, **scores, "tokens_per_second": rate}
         shown = {
             "loss": f"{values['loss']:.3f}",
             "drop": f"{values['fraction_tokens_left_behind']:.1%}",
