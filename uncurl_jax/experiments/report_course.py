@@ -54,7 +54,7 @@ def draw_curves(curves: Sequence[Curve], tasks: Sequence[str]) -> Figure | None:
 
     Args:
       curves: in the order of their stages.
-      tasks: names that tell curves of one stage apart by colour, where their names hold them.
+      tasks: names that tell curves of one stage apart by colour, where the curves' names hold them.
     """
     if not curves:
         return None
@@ -67,13 +67,15 @@ def draw_curves(curves: Sequence[Curve], tasks: Sequence[str]) -> Figure | None:
         canvas = new_canvas(2.3)
         axes = canvas.add_subplot()
         unit, suffix = _unit(max(curve.tokens[-1] for curve in own))
-        for place, curve in enumerate(shown):
-            task = next((t for t in tasks if t in curve.name.replace("__", "/").split("/")), None)
-            task = task or next((t for t in tasks if t in curve.name), None)
-            if task is not None:
-                colour = coloured.setdefault(task, COLOURS[len(coloured) % len(COLOURS)])
+        for curve in shown:
+            name = next((t for t in tasks if t in curve.name.split("/")), None)
+            name = name or next((t for t in tasks if t in curve.name), None)
+            if name is None and 1 < len(shown) <= _MAX_NAMED:
+                name = _short(curve, shown)
+            if name is None:
+                colour = COLOURS[0]
             else:
-                colour = COLOURS[place % len(COLOURS)] if len(shown) <= _MAX_NAMED else COLOURS[0]
+                colour = coloured.setdefault(name, COLOURS[len(coloured) % len(COLOURS)])
             points = _evenly(list(zip(curve.tokens, curve.loss, strict=True)), _MAX_POINTS)
             tokens, loss = zip(*points, strict=True)
             thin = len(shown) > _MAX_NAMED
@@ -84,11 +86,6 @@ def draw_curves(curves: Sequence[Curve], tasks: Sequence[str]) -> Figure | None:
                 lw=0.7 if thin else 1.2,
                 alpha=0.55 if thin else 1.0,
             )
-            if task is None and len(shown) <= 3:
-                axes.annotate(
-                    _short(curve), (tokens[-1] / unit, loss[-1]), (0, 3), fontsize=8,
-                    textcoords="offset points", ha="right", va="bottom", color=colour,
-                )  # fmt: skip
         axes.set_title(f"{stage} ({len(own)} {'run' if len(own) == 1 else 'runs'})")
         axes.set_xlabel(f"tokens{suffix}")
         axes.set_ylabel("training loss")
@@ -113,7 +110,7 @@ def draw_curves(curves: Sequence[Curve], tasks: Sequence[str]) -> Figure | None:
         tuple(panels),
         round(PANEL_INCHES * PIXELS_PER_INCH),
         Table(("stage", "run", "tokens", "first", "lowest", "last"), tuple(rows)),
-        tuple(Entry(task, colour, "", "") for task, colour in coloured.items()),
+        tuple(Entry(name, colour, "", "") for name, colour in coloured.items()),
     )
 
 
@@ -132,9 +129,11 @@ def _unit(largest: float) -> tuple[float, str]:
     return 1.0, ""
 
 
-def _short(curve: Curve) -> str:
-    name = curve.name.replace("__", "/")
-    return name.removeprefix(f"{curve.stage}/").replace("_", " ")
+def _short(curve: Curve, others: Sequence[Curve]) -> str:
+    """Returns the parts of a curve's name that not all of its panel share."""
+    shared = set.intersection(*(set(other.name.split("/")) for other in others))
+    parts = [part for part in curve.name.split("/") if part not in shared]
+    return " ".join(parts).replace("_", " ")
 
 
 def draw_costs(costs: Sequence[StageCost]) -> Figure | None:

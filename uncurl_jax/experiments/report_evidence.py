@@ -26,7 +26,7 @@ from uncurl_jax.pruning.statistics import RouterStatistics
 
 STAGES = (
     *("cache", "pretrain", "prefinetune_cache", "prefinetune", "calibrate", "plan", "prune"),
-    *("warmup", "finetune", "evaluate"),
+    *("warmup", "trial", "tune", "finetune", "zero_shot", "evaluate"),
 )
 _PLACEMENT_FAMILY = "uncurl_jax placement"
 
@@ -216,8 +216,8 @@ def _cells(bench: Bench) -> Iterable[tuple[str, int, Mapping[str, Any]]]:
     for cell in bench.record["cells"]:
         experts = models.get(cell["model"])
         if cell["status"] == "measured" and experts:
-            place = f"{cell['layout']} on {cell['devices']} of {where(bench.record)}{suffix}"
-            yield f"{place} ({bench.file})", experts, cell
+            place = f"{bench.file}, layout {cell['layout']}, {cell['devices']} devices"
+            yield f"{place} ({where(bench.record)}{suffix})", experts, cell
 
 
 def _latencies(benches: Sequence[Bench], sizes: set[int]) -> list[Cost]:

@@ -40,7 +40,10 @@ p, li { max-width: 60rem; overflow-wrap: anywhere; }
   padding-left: .8rem; border-left: .3rem solid var(--accent); }
 .recommendation { font-size: 1.08rem; line-height: 1.5; margin: 0 0 1rem; padding: .7rem .9rem;
   background: var(--panel); border-left: .3rem solid var(--accent);
-  border-radius: 0 .4rem .4rem 0; max-width: none; }
+  border-radius: 0 .4rem .4rem 0; }
+.recommendation p:first-child { font-weight: 600; font-size: 1.2rem; line-height: 1.4; }
+.recommendation > * { max-width: none; }
+.recommendation > :first-child { margin-top: 0; } .recommendation > :last-child { margin: 0; }
 .note { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%;
@@ -53,14 +56,15 @@ tbody tr:last-child > * { border-bottom: 0; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: stretch; }
 figure { margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius: .4rem;
   min-width: 0; max-width: 100%; display: flex; flex-direction: column; }
-figure.single { flex: 0 1 22.4rem; }
+figure.single { flex: 0 0 calc((100% - 2rem) / 3); min-width: min(100%, 21.7rem); }
 figure.several { flex: 1 1 100%; }
 figcaption { font-size: .88rem; color: var(--soft); order: 1; overflow-wrap: anywhere; }
 figcaption strong { display: block; color: var(--ink); font-size: .95rem; }
 .plot { order: 2; overflow-x: auto; margin: .5rem 0; }
-.panels { display: grid; gap: .7rem; justify-content: start; }
+.panels { display: grid; gap: .6rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--width)), 1fr)); }
 figure svg { display: block; height: auto; }
-.panels svg { width: 100%; }
+.panels svg { width: 100%; max-width: var(--most); }
 .legend { order: 3; display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: 0; padding: 0;
   list-style: none; font-size: .85rem; }
 .legend svg { display: inline-block; width: 28px; height: 14px; vertical-align: -2px;
@@ -71,7 +75,8 @@ dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem .8
 dt { color: var(--soft); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 30rem) {
-  .headline { font-size: 1.12rem; } .recommendation { font-size: 1rem; }
+  .headline, .recommendation p:first-child { font-size: 1.12rem; }
+  .recommendation { font-size: 1rem; }
   dl { grid-template-columns: minmax(0, 1fr); } dl dl { padding-left: .8rem; } }
 @media print {
   @page { margin: 12mm; }
@@ -84,8 +89,6 @@ summary { cursor: pointer; color: var(--accent); }
   .figures, figure { display: block; }
   figure { margin-bottom: 1rem; }
   .plot > .panels { min-width: 0 !important; }
-  .panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--width)), 1fr))
-    !important; }
   .panels svg { max-width: 100% !important; min-width: 0 !important; }
   .panels svg, .panels > * { break-inside: avoid; }
   table { font-size: 7.5pt; } th, td { white-space: normal; padding: .15rem .3rem;
@@ -163,12 +166,8 @@ def figure_html(figure: Figure) -> str:
     )
     # A wide panel keeps its size and scrolls; others share the width.
     width = f"{figure.panel_width}px"
-    most = f"{figure.panel_width if is_wide else round(1.15 * figure.panel_width)}px"
-    least = width if is_wide else f"min(100%, {width})"
-    style = (
-        f"--width: {width}; grid-template-columns: "
-        f"repeat(auto-fill, minmax({least}, {most})){'; min-width: ' + width if is_wide else ''}"
-    )
+    most = figure.panel_width if is_wide else round(1.15 * figure.panel_width)
+    style = f"--width: {width}; --most: {most}px" + (f"; min-width: {width}" if is_wide else "")
     legend = "".join(f"<li>{swatch(entry)}{escape(entry.label)}</li>" for entry in figure.legend)
     numbers = table_html(
         figure.table.columns,

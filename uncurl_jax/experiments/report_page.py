@@ -233,20 +233,32 @@ def render(
     )
     advice = report.get("recommendation")
     reading = "".join(f"<li>{escape(text)}</li>" for text in _READING)
-    body = f"""{f'<p class="recommendation">{escape(advice["text"])}</p>' if advice else ""}
-<p class="headline">{escape(report["headline"])}</p>
+    # The key pictures stand before the table of all models, the others after it.
+    first = [figure for figure in figures if figure.section == figures[0].section]
+    body = f"""{_advice_html(advice) if advice else ""}
 <h2>Findings</h2>
+<p>{escape(report["headline"])}</p>
 {findings}
+{sections_html(first, {})}
 <h2>Models</h2>
 {_models_table(report["rows"])}
 <p class="note">{_plural(report["num_runs"], "run")}. * interval over the examples of one run.</p>
-{sections_html(figures, notes or {})}
+{sections_html(figures[len(first) :], notes or {})}
 {f"<h2>Warnings in the plans shown</h2><ul>{warnings}</ul>" if warnings else ""}
 {benches}
 <h2>How to read this</h2>
 <ul>{reading}</ul>
 {_provenance(report["study"])}"""
     return document(report["title"], body)
+
+
+def _advice_html(advice: Mapping[str, Any]) -> str:
+    """The recommendation: what to deploy, then why for each task, then what was not shown."""
+    reasons = "".join(f"<li>{escape(text)}</li>" for text in advice["reasons"])
+    return (
+        f'<div class="recommendation"><p>{escape(advice["lead"])}</p><ul>{reasons}</ul>'
+        f"<p>{escape(' '.join(advice['not_shown']))}</p></div>"
+    )
 
 
 def _provenance(study: Mapping[str, Any]) -> str:

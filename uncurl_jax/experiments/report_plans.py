@@ -106,7 +106,7 @@ def draw_clusters(task: str, plan: PruningPlan) -> Figure:
     sizes = sorted({size for layer in plan.layers for size in layer.cluster_sizes})
     shown = sizes if len(sizes) <= 8 else [sizes[round(i * (len(sizes) - 1) / 7)] for i in range(8)]
     legend = tuple(
-        Entry(_experts(size, "in the cluster"), to_hex(_shade(size, largest)), "block")
+        Entry(f"in a cluster of {size}", to_hex(_shade(size, largest)), "block")
         for size in dict.fromkeys(shown)
     )
     rows = [
@@ -132,12 +132,8 @@ def draw_clusters(task: str, plan: PruningPlan) -> Figure:
     )
 
 
-def _experts(count: int, rest: str) -> str:
-    return f"{count} expert{'' if count == 1 else 's'} {rest}"
-
-
 def _shade(size: int, largest: int) -> Any:
-    return mpl.colormaps["cividis_r"](0.08 + 0.84 * (size - 1) / max(largest - 1, 1))
+    return mpl.colormaps["YlGnBu"](0.16 + 0.74 * (size - 1) / max(largest - 1, 1))
 
 
 def _draw_cell(
@@ -197,8 +193,8 @@ def draw_affinities(task: str, plan: PruningPlan, layers: Mapping[int, LayerStat
         rows.append((str(layer.layer), _number(inside), _number(outside)))
     caption = (
         f"How alike ({kind} of their router logits on the task, scaled to 0 to 1) the experts of a "
-        "layer are; darker is more alike, in each layer from its least to its largest affinity. "
-        "Frames are clusters, dropped experts last. Good clusters are dark blocks along the "
+        "layer are: the stronger the colour, the more alike, on a scale of each layer's own. "
+        "Frames are clusters, dropped experts last. Good clusters are strong blocks along the "
         "diagonal."
     )
     if blocks > 1:

@@ -27,8 +27,9 @@ def recommend(
       measures: names of what was measured beside scores and size.
 
     Returns:
-      `text` in plain words, and by task under `tasks` the `decision` ("lossless", "beneficial" or
-      "unpruned") and the `candidate` (None for the unpruned model).
+      `text` in plain words, made of `lead`, `reasons` (one per task) and `not_shown`; and by task
+      under `tasks` the `decision` ("lossless", "beneficial" or "unpruned") and the `candidate`
+      (None for the unpruned model).
     """
     tasks: dict[str, Any] = {}
     sentences = []
@@ -43,9 +44,47 @@ def recommend(
         }
         own = [row for row in rows if row["task"] == finding["task"]]
         said = _deploy(finding, decision, reached, own) if reached else _keep(finding, own)
-        sentences.append(f"For {finding['task']}, {said}")
+        sentences.append(f"{finding['task']}: {said}")
     not_shown = _not_shown(measures)
-    return {"text": " ".join([*sentences, *not_shown]), "tasks": tasks, "not_shown": not_shown}
+    lead = _lead(single, tasks)
+    return {
+        "text": " ".join([lead, *sentences, *not_shown]),
+        "lead": lead,
+        "reasons": sentences,
+        "not_shown": not_shown,
+        "tasks": tasks,
+    }
+
+
+def _lead(findings: Sequence[Mapping[str, Any]], decided: Mapping[str, Any]) -> str:
+    """Says in a sentence or two what to deploy, tasks of one decision together."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        choice = decided[finding["task"]]
+        name = "the unpruned model"
+        if choice["candidate"]:
+            reached = finding[choice["decision"]]["reached"]
+            name = f"the model pruned from {_step(reached)} by {reached['label']}"
+        groups.setdefault((choice["decision"], name), []).append(str(finding["task"]))
+    said = []
+    for (decision, name), tasks in groups.items():
+        where = f"for {_listed(tasks)}" if len(tasks) < len(decided) or len(tasks) < 4 else "always"
+        said.append(
+            {
+                "lossless": f"Deploy {name} {where}.",
+                "beneficial": f"If memory must shrink, deploy {name} {where}; else the unpruned one.",
+                "unpruned": f"Keep {name} {where}.",
+            }[decision]
+        )
+    return " ".join(said)
+
+
+def _step(candidate: Mapping[str, Any]) -> str:
+    return f"{candidate['source_num_experts']} to {candidate['num_experts']} experts per layer"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _deploy(
@@ -55,23 +94,22 @@ def _deploy(
     rows: Sequence[Mapping[str, Any]],
 ) -> str:
     row = next(r for r in rows if all(r[name] == candidate[name] for name in _IDENTITY))
-    source, count = candidate["source_num_experts"], candidate["num_experts"]
     low, high = row["interval"]
-    name = f"the model pruned from {source} to {count} experts per layer by {candidate['label']}"
-    score = f"it scores {row['score']:.1f} % (95 % interval {low:.1f} to {high:.1f})"
+    score = f"{row['score']:.1f} % (95 % interval {low:.1f} to {high:.1f})"
     drop = _comparison(candidate["drop"])
-    memory = _memory(rows, row, source)
+    memory = _memory(rows, row, candidate["source_num_experts"])
     if decision == "lossless":
-        text = f"deploy {name}: {score}, loses {drop} against the unpruned model{memory}."
+        text = f"it scores {score}, loses {drop} against the unpruned model{memory}."
         gap = candidate["gap"]
         if finding["beneficial"]["status"] == "nothing_to_compare" or not gap.get("seeds"):
             return text + " Whether it beats a model of its size from scratch was not tried."
         is_better = gap["interval"][0] >= 0
         verdict = "is" if is_better else "is not shown to be"
         return f"{text} It {verdict} as good as a model of its size trained from scratch."
-    text = f"if memory must shrink, deploy {name} rather than train a small model: {score}{memory}"
-    loses = f", and loses {drop} against the unpruned model" if drop else ""
-    return f"{text}{loses}. That it loses less than a point was not shown."
+    gap = _comparison(candidate["gap"])
+    loses = f" It loses {drop} against the unpruned model;" if drop else ""
+    text = f"it scores {score}, {gap} more than a model of its size from scratch{memory}."
+    return f"{text}{loses or ' Here'} a loss below one point was not shown."
 
 
 def _comparison(comparison: Mapping[str, Any]) -> str:

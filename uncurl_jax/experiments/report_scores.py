@@ -160,12 +160,9 @@ def _score_figure(rows: Sequence[Row], finding: Mapping[str, Any] | None) -> Fig
     over = "seeds"
     if any(row["interval_over"] == "examples" for row in rows):
         over = "seeds, or over examples where there is one seed"
-    caption = (
-        f"{'Mean over the tasks' if task == MEAN else task}: mean score and 95 % interval over "
-        f"{over}. {_threshold_text(finding)}"
-    )
+    caption = f"Mean score and 95 % interval over {over}. {_threshold_text(finding)}"
     if has_knee:
-        caption += " The small mark “knee” is an aid to the eye and decides nothing."
+        caption += " The small mark “knee” at the axis is an aid to the eye and decides nothing."
     return Figure(
         SCORES,
         key,
@@ -185,7 +182,7 @@ def _threshold_text(finding: Mapping[str, Any] | None) -> str:
     for name, _ in _THRESHOLDS:
         reached = finding[name]["reached"]
         status = str(finding[name]["status"]).replace("_", " ")
-        said = f"{reached['factor']:.3g} times ({reached['label']})" if reached else status
+        said = f"{reached['factor']:.3g}×, {reached['label']}" if reached else status
         parts.append(f"{name} threshold: {said}")
     return f"{'; '.join(parts)}.".capitalize()
 
@@ -314,10 +311,11 @@ def _draw_knee(
     at = knee([factor for factor, _ in points], [score for _, score in points])
     if at is None:
         return False
+    on_axis = axes.get_xaxis_transform()
+    axes.plot([at], [0.03], "^", transform=on_axis, color=SOFT, ms=4)
     axes.annotate(
-        "knee", (at, dict(points)[at]), (0, 13), textcoords="offset points", ha="center",
-        fontsize=SMALL_POINTS, color=SOFT,
-        arrowprops={"arrowstyle": "-", "color": SOFT, "lw": 0.8, "shrinkB": 4, "shrinkA": 0},
+        "knee", (at, 0.005), (-5, 0), xycoords=on_axis, textcoords="offset points", ha="right",
+        va="bottom", fontsize=SMALL_POINTS, color=SOFT,
     )  # fmt: skip
     return True
 

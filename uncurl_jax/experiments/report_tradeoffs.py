@@ -174,7 +174,8 @@ def _points(
             points.append(
                 Point("from scratch", "scratch", None, count, cost.values[count], loss, None)
             )
-    for candidate in finding["candidates"] if finding else ():
+    candidates = finding["candidates"] if finding else _candidates(rows, unpruned)
+    for candidate in candidates:
         count, drop = candidate["num_experts"], candidate["drop"]
         known = drop.get("seeds") and count in cost.values
         if candidate["source_num_experts"] == source and known:
@@ -188,6 +189,20 @@ def _points(
                 )
             )
     return points
+
+
+def _candidates(rows: Sequence[Row], unpruned: Row) -> list[dict[str, Any]]:
+    """Returns the pruned models with their loss, without interval, where no finding tells it."""
+    pruned = [row for row in rows if row["kind"] == "pruned"]
+    names = ("source_num_experts", "num_experts", "method", "router")
+    found = []
+    for row in pruned:
+        seeds = sorted(set(row["scores"]) & set(unpruned["scores"]))
+        losses = [unpruned["scores"][seed] - row["scores"][seed] for seed in seeds]
+        mean = sum(losses) / max(len(losses), 1)
+        drop = {"seeds": len(seeds), "mean": mean, "interval": [None, None]}
+        found.append({**{name: row[name] for name in names}, "drop": drop})
+    return found
 
 
 def _are_finite(*values: Any) -> bool:
@@ -239,12 +254,12 @@ def _draw(
 
 
 def _spread(values: Sequence[float], least: float) -> list[float]:
-    """Returns those of rising values that are at least so far apart, the largest among them."""
-    kept: list[float] = []
-    for value in reversed(values):
-        if not kept or kept[-1] - value >= least:
+    """Returns the ends of rising values, and those between that are at least so far apart."""
+    kept = [values[0]]
+    for value in values[1:-1]:
+        if value - kept[-1] >= least and values[-1] - value >= least:
             kept.append(value)
-    return kept[::-1]
+    return [*kept, *values[1:][-1:]]
 
 
 def _line(task: str, source: int, point: Point, is_best: bool, cost: Cost) -> tuple[str, ...]:
