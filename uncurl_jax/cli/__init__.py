@@ -133,6 +133,7 @@ def _add_model_commands(command: Any) -> None:
     sub = command("train", "Pretrain, warm up a router or fine-tune, as a gin file says.")
     sub.add_argument("--cache", help="token cache of the training split")
     sub.add_argument("--checkpoint", help="checkpoint to begin with")
+    sub.add_argument("--validation", help="token cache that TrainConfig.early_stopping scores")
     sub.add_argument("--teacher", help="checkpoint that distillation learns from (distill.gin)")
     sub.add_argument("--placement", help="what uncurl placement --mode train wrote: mesh and axes")
     sub.add_argument("--out", required=True, help="directory for checkpoints and metrics")
@@ -250,6 +251,9 @@ def _add_study_commands(command: Any) -> None:
     sub.add_argument("--data_dir", help="where the files of the tasks lie")
     sub.add_argument("--cache_dir", help="token caches, <task>/<split>")
     sub.add_argument("--shard", type=_shard, metavar="i/n", help="do part i of n (from 0)")
+    sub.add_argument(
+        "--dry_run", action="store_true", help="say what would be done and what it costs"
+    )
 
     sub = command("report", "Write report.html and report.json of a study.")
     sub.add_argument("directory", metavar="DIR")

@@ -245,6 +245,8 @@ def train(options: Options) -> Any:
         options["initial_checkpoint"] = options.pop("checkpoint")
     if "placement" in options:
         options["config"] = _placed_config(options)
+    if "validation" in options:
+        options["validation"] = _validation(options["validation"])
     result = configured(trainer.train)(**options)
     return _only_first_process(
         {
@@ -255,6 +257,19 @@ def train(options: Options) -> Any:
             "metrics": result.metrics,
         }
     )
+
+
+def _validation(directory: str) -> Any:
+    """Opens the token cache that early stopping scores."""
+    import functools
+
+    from uncurl_jax.data.token_cache import TokenCache
+    from uncurl_jax.evaluation.evaluator import validation_score
+    from uncurl_jax.training.early_stopping import Validation
+
+    cache = TokenCache.open(directory)
+    record = {"task": cache.task, "split": cache.split, "hash": cache.hash}
+    return Validation(functools.partial(validation_score, cache=cache), record)
 
 
 def _placed_config(options: Options) -> Any:
@@ -498,6 +513,17 @@ def sweep(options: Options) -> Any:
     from uncurl_jax.experiments import sweep as sweep_lib
 
     _check_writable(options["out"])
+    if options.pop("dry_run", False):
+        from uncurl_jax.experiments.study_estimate import format_plan
+
+        options["config"] = bound_value(sweep_lib.run_sweep, "config")
+        if options["config"] is None:
+            raise InputError(
+                "A sweep needs a study, got no StudyConfig: give --gin_file, as gin/runs/sweep.gin."
+            )
+        plan = sweep_lib.dry_run(**options)
+        print(format_plan(plan), file=sys.stderr)
+        return plan
     records = configured(sweep_lib.run_sweep)(**options)
     return {"out": options["out"], "runs": len(records)}
 
