@@ -246,7 +246,7 @@ def _pictures(bench: Bench, directory: Path) -> str:
             svg = inline_svg(path.read_text(encoding="utf-8"), picture["alt"])
             caption = html.escape(picture["title"])
             figures.append(
-                f'<figure class="several"><figcaption><strong>{caption}</strong></figcaption>'
+                f'<figure class="several"><h4>{caption}</h4>'
                 f'<div class="plot" tabindex="0" role="region" aria-label="{caption}, scrolls">'
                 f'<div style="min-width: {_natural_pixels(svg)}px">{svg}</div></div></figure>'
             )

@@ -58,18 +58,18 @@ figure { margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius
   min-width: 0; max-width: 100%; display: flex; flex-direction: column; }
 figure.single { flex: 0 0 calc((100% - 2rem) / 3); min-width: min(100%, 21.7rem); }
 figure.several { flex: 1 1 100%; }
-figcaption { font-size: .88rem; color: var(--soft); order: 1; overflow-wrap: anywhere; }
-figcaption strong { display: block; color: var(--ink); font-size: .95rem; }
-.plot { order: 2; overflow-x: auto; margin: .5rem 0; }
+figure h3, figure h4 { font-size: .95rem; line-height: 1.4; margin: 0; }
+figcaption { font-size: .88rem; color: var(--soft); margin-top: .4rem; overflow-wrap: anywhere; }
+.plot { overflow-x: auto; margin: .4rem 0; }
 .panels { display: grid; gap: .6rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--width)), 1fr)); }
 figure svg { display: block; height: auto; }
 .panels svg { width: 100%; max-width: var(--most); }
-.legend { order: 3; display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: 0; padding: 0;
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: 0; padding: 0;
   list-style: none; font-size: .85rem; }
 .legend svg { display: inline-block; width: 28px; height: 14px; vertical-align: -2px;
   margin-right: .35rem; }
-figure details { order: 4; margin-top: auto; padding-top: .4rem; font-size: .88rem; }
+figure details { margin-top: auto; padding-top: .4rem; font-size: .88rem; }
 dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem .8rem;
   font-size: .88rem; margin: .4rem 0; }
 dt { color: var(--soft); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
@@ -83,7 +83,7 @@ summary { cursor: pointer; color: var(--accent); }
   body { padding: 0; max-width: none; font-size: 10pt; }
   .skip { display: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  h1, h2, h3, figcaption { break-after: avoid; }
+  h1, h2, h3, h4 { break-after: avoid; }
   .plot, .legend, tr, p, li { break-inside: avoid; }
   .scroll, .plot { overflow: visible; }
   .figures, figure { display: block; }
@@ -156,7 +156,7 @@ def table_html(
 
 
 def figure_html(figure: Figure) -> str:
-    """Returns a figure: caption, panels, legend, and its numbers to be unfolded."""
+    """Returns a figure: title, panels, legend, caption, and its numbers to be unfolded."""
     is_wide = figure.panel_width > _NARROW_PIXELS
     kind = "single" if len(figure.panels) == 1 and not is_wide else "several"
     focus = (
@@ -176,11 +176,12 @@ def figure_html(figure: Figure) -> str:
     )
     return (
         f'<figure id="{figure.key}" class="{kind}">'
-        f"<figcaption><strong>{escape(figure.title)}</strong>{escape(figure.caption)}</figcaption>"
+        f"<h3>{escape(figure.title)}</h3>"
         f'<div class="plot"{focus}><div class="panels" style="{style}">'
         f"{''.join(figure.panels)}</div></div>"
         + (f'<ul class="legend">{legend}</ul>' if legend else "")
-        + f"<details><summary>Numbers of this figure</summary>{numbers}</details></figure>"
+        + f"<figcaption>{escape(figure.caption)}</figcaption>"
+        f"<details><summary>Numbers of this figure</summary>{numbers}</details></figure>"
     )
 
 

@@ -69,13 +69,10 @@ def _lead(findings: Sequence[Mapping[str, Any]], decided: Mapping[str, Any]) -> 
     said = []
     for (decision, name), tasks in groups.items():
         where = f"for {_listed(tasks)}" if len(tasks) < len(decided) or len(tasks) < 4 else "always"
-        said.append(
-            {
-                "lossless": f"Deploy {name} {where}.",
-                "beneficial": f"If memory must shrink, deploy {name} {where}; else the unpruned one.",
-                "unpruned": f"Keep {name} {where}.",
-            }[decision]
-        )
+        if decision == "beneficial":
+            said.append(f"If memory must shrink, deploy {name} {where}; else the unpruned one.")
+        else:
+            said.append(f"{'Deploy' if decision == 'lossless' else 'Keep'} {name} {where}.")
     return " ".join(said)
 
 
