@@ -19,7 +19,7 @@ AOT_STAMP = .venv-aot/uncurl_jax-py$(VERSION).stamp
 .DELETE_ON_ERROR:
 .SECONDARY:
 .SECONDEXPANSION:
-.PHONY: help install quickstart test test-slow test-aot lint lock clean
+.PHONY: help install quickstart test test-slow test-aot browser lint lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test         the tests, without the slow ones      PYTEST_ARGS=..."
 	@echo "make test-slow    the slow tests"
 	@echo "make test-aot     compiles for TPU slices with libtpu, which it installs (200 MB; 15 minutes)"
+	@echo "make browser      a Chromium for the tests of the report in one"
 	@echo "make lint         ruff, pyright, import-linter"
 	@echo "make lock         write requirements/py3*.txt again     LOCK_ARGS=--upgrade for new versions"
 	@echo "make clean        remove the virtual environments and caches"
@@ -47,6 +48,9 @@ test-slow: $$(TEST_STAMP)
 
 test-aot: $$(AOT_STAMP)
 	.venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
+
+browser: $$(TEST_STAMP)
+	.venv-test/bin/python -m playwright install $(if $(filter 0,$(shell id -u)),--with-deps) chromium
 
 lint: $$(TEST_STAMP)
 	.venv-test/bin/ruff check .

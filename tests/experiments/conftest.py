@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,11 +36,11 @@ def make_statistics(task: str, num_experts: int = SOURCE, num_tokens: int = 500)
         probability = np.asarray(jax.nn.softmax(logits, axis=-1))
         index = logits.argmax(axis=1)[None, :, None]
         layers[layer] = layer_statistics(
-            logits[None],
-            index,
-            np.take_along_axis(probability[None], index, axis=-1),
-            np.ones(index.shape, bool),
-            np.ones((1, num_tokens), bool),
+            jnp.asarray(logits[None]),
+            jnp.asarray(index),
+            jnp.asarray(np.take_along_axis(probability[None], index, axis=-1)),
+            jnp.ones(index.shape, bool),
+            jnp.ones((1, num_tokens), bool),
         )
     manifest = make_manifest(
         checkpoint_hash="c" * 8,
