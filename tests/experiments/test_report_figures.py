@@ -75,17 +75,22 @@ def curve_rows(task="rte"):
     ]
 
 
-def test_the_knee_is_the_point_farthest_above_the_line_between_the_ends():
-    # From 80 at factor 1 to 60 at factor 8 the line is at 73.3 and 66.7: 79 is 5.7 above, 76 9.3.
-    assert report_scores.knee([1, 2, 4, 8], [80, 79, 76, 60]) == 4
-    assert report_scores.knee([1, 2, 4, 8], [80, 79, 70, 60]) == 2
+def test_the_knee_is_marked_on_the_axis_of_the_best_series_where_it_bends():
+    rows = curve_rows()
+    with report_drawing.drawing_style():
+        (figure,) = report_scores.draw_scores(rows, [])
+        (short,) = report_scores.draw_scores([r for r in rows if r["num_experts"] > 2], [])
+    assert ">knee<" in figure.panels[0] and "decides nothing" in figure.caption
+    # Three points are a picture of no bend.
+    assert ">knee<" not in short.panels[0] and "knee" not in short.caption
 
 
-def test_a_line_a_rise_and_three_points_have_no_knee():
-    assert report_scores.knee([1, 2, 4, 8], [80, 75, 70, 65]) is None
-    assert report_scores.knee([1, 2, 4, 8], [80, 60, 55, 50]) is None
-    assert report_scores.knee([1, 2, 4, 8], [60, 70, 71, 72]) is None
-    assert report_scores.knee([1, 2, 4], [80, 79, 60]) is None
+def test_where_a_smaller_model_is_pruned_too_it_stands_for_one_from_scratch():
+    rows = [*curve_rows(), make_row("unpruned", 8, [70.0]), make_row("unpruned", 2, [50.0])]
+    small = report_scores.trained_small(rows, 16)
+    assert [(row["kind"], row["num_experts"]) for row in small] == [
+        *(("scratch", 8), ("scratch", 4), ("unpruned", 2)),
+    ]
 
 
 def test_points_that_others_beat_in_both_are_dominated():
@@ -285,7 +290,17 @@ def test_a_model_that_only_beats_scratch_is_recommended_where_memory_must_shrink
     rows = curve_rows()
     advice = report_recommendation.recommend(rows, [make_finding(rows, beneficial=4)])
     assert advice["lead"].startswith("If memory must shrink, deploy the model pruned from 16 to 4")
-    assert advice["reasons"][0].endswith("a loss below one point was not shown.")
+    assert advice["reasons"][0].endswith("a loss within 1 point was not shown.")
+
+
+def test_a_verdict_that_many_comparisons_undo_is_called_uncertain():
+    rows = curve_rows()
+    finding = {**make_finding(rows, lossless=8), "comparisons": 36}
+    finding["lossless"]["survives_holm"] = True
+    assert "no longer" not in report_recommendation.recommend(rows, [finding])["text"]
+    finding["lossless"]["survives_holm"] = False
+    text = report_recommendation.recommend(rows, [finding])["text"]
+    assert "Counting all 36 comparisons of the study (Holm) this is no longer certain" in text
 
 
 @pytest.mark.parametrize(

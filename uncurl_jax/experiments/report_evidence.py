@@ -85,10 +85,12 @@ def illustrate(
     figures = report_figures.draw_figures(report, plans, evidence)
     if not any(figure.section == DROPPED for figure in figures):
         evidence.notes[DROPPED] = ["No model dropped a token, or none was pruned."]
-    order = ("format_version", "title", "headline")
-    head = {name: report[name] for name in order if name in report}
-    rest = {name: value for name, value in report.items() if name not in head}
-    return Illustrated({**head, "recommendation": advice, **rest}, figures, evidence.notes)
+    advised: dict[str, Any] = {}
+    for name, value in report.items():
+        advised[name] = value
+        if name == "headline":
+            advised["recommendation"] = advice
+    return Illustrated(advised, figures, evidence.notes)
 
 
 def gather(

@@ -100,13 +100,27 @@ def _deploy(
         gap = candidate["gap"]
         if finding["beneficial"]["status"] == "nothing_to_compare" or not gap.get("seeds"):
             return text + " Whether it beats a model of its size from scratch was not tried."
-        is_better = gap["interval"][0] >= 0
+        is_better = gap["interval"][0] >= -finding.get("margin", 0.0)
         verdict = "is" if is_better else "is not shown to be"
-        return f"{text} It {verdict} as good as a model of its size trained from scratch."
+        text += f" It {verdict} as good as a model of its size trained from scratch."
+        return text + _caution(finding, decision)
     gap = _comparison(candidate["gap"])
     loses = f" It loses {drop} against the unpruned model;" if drop else ""
     text = f"it scores {score}, {gap} more than a model of its size from scratch{memory}."
-    return f"{text}{loses or ' Here'} a loss below one point was not shown."
+    tolerance = finding.get("tolerance", 1.0)
+    limit = f"{tolerance:.3g} point{'' if tolerance == 1 else 's'}"
+    text += f"{loses or ' Here'} a loss within {limit} was not shown."
+    return text + _caution(finding, decision)
+
+
+def _caution(finding: Mapping[str, Any], decision: str) -> str:
+    """Says so where a verdict does not survive the correction for many comparisons."""
+    if finding[decision].get("survives_holm", True) is not False:
+        return ""
+    return (
+        f" Counting all {finding['comparisons']} comparisons of the study (Holm) this is no longer "
+        "certain: run more seeds before relying on it."
+    )
 
 
 def _comparison(comparison: Mapping[str, Any]) -> str:

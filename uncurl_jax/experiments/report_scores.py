@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from uncurl_jax.experiments.paired import knee
 from uncurl_jax.experiments.report_drawing import (
     COLOURS,
     INK,
@@ -103,26 +104,20 @@ def sources(rows: Sequence[Row]) -> list[int]:
     return sorted(found, reverse=True) or [max(row["num_experts"] for row in rows)]
 
 
-def knee(factors: Sequence[float], scores: Sequence[float]) -> float | None:
-    """Returns the factor after which a curve falls fastest: an aid to the eye, no test.
+def trained_small(rows: Sequence[Row], source: int) -> list[Row]:
+    """Returns the models of fewer experts than Z that were trained at their size.
 
-    The point farthest above the line between the curve's ends, on a logarithmic axis of factors.
-
-    Args:
-      factors: rising, in (0, inf).
-      scores: percent, one per factor.
-
-    Returns:
-      One of the inner factors, or None if there are fewer than four points or the curve does not
-      bend downwards by a tenth of its fall.
+    Those from scratch, and for sizes without one the unpruned model, where it is pruned itself.
     """
-    x, y = np.log2(np.asarray(factors, float)), np.asarray(scores, float)
-    if len(x) < 4 or y[0] <= y[-1]:
-        return None
-    line = y[0] + (y[-1] - y[0]) * (x - x[0]) / (x[-1] - x[0])
-    above = (y - line)[1:-1]
-    best = int(above.argmax())
-    return float(factors[best + 1]) if above[best] > 0.1 * (y[0] - y[-1]) else None
+    small = [r for r in rows if r["kind"] == "scratch" and r["num_experts"] <= source]
+    known = {row["num_experts"] for row in small}
+    return small + [
+        row
+        for row in rows
+        if row["kind"] == "unpruned"
+        and row["num_experts"] < source
+        and row["num_experts"] not in known
+    ]
 
 
 def draw_scores(rows: Sequence[Row], findings: Sequence[Mapping[str, Any]]) -> list[Figure]:
@@ -153,7 +148,7 @@ def _score_figure(rows: Sequence[Row], finding: Mapping[str, Any] | None) -> Fig
         label = f"{task}, {source} experts: score against pruning factor; the numbers stand below"
         panels.append(render_panel(canvas, label, f"{key}-{source}"))
     legend = [Entry(f"{m}, {r}", s.colour, s.marker, "") for (m, r), s in styles.items()]
-    if any(row["kind"] == "scratch" for row in rows):
+    if any(trained_small(rows, source) for source in sources(rows)):
         legend.append(Entry("same size from scratch", SOFT, "o", "5 3", True))
     if any(row["kind"] == "unpruned" for row in rows):
         legend.append(Entry("unpruned", INK, "D", "2 2"))
@@ -206,7 +201,7 @@ def _draw_score_panel(
 ) -> bool:
     """Draws the models of one Z; returns whether a knee is marked."""
     unpruned = [r for r in rows if r["kind"] == "unpruned" and r["num_experts"] == source]
-    scratch = [r for r in rows if r["kind"] == "scratch" and r["num_experts"] <= source]
+    scratch = trained_small(rows, source)
     pruned = {
         name: [
             row
@@ -308,9 +303,10 @@ def _draw_knee(
         return False
     best = max(full, key=lambda name: float(np.mean([row["score"] for row in full[name]])))
     points = sorted((source / r["num_experts"], r["score"]) for r in [*unpruned[:1], *full[best]])
-    at = knee([factor for factor, _ in points], [score for _, score in points])
-    if at is None:
+    place = knee({math.log2(factor): score for factor, score in points})
+    if place is None or len(points) < 4:
         return False
+    at = 2**place
     on_axis = axes.get_xaxis_transform()
     axes.plot([at], [0.03], "^", transform=on_axis, color=SOFT, ms=4)
     axes.annotate(

@@ -22,7 +22,15 @@ from uncurl_jax.experiments.report_drawing import (
     render_panel,
 )
 from uncurl_jax.experiments.report_page import format_bytes
-from uncurl_jax.experiments.report_scores import MEAN, Row, Style, series_styles, sources, with_mean
+from uncurl_jax.experiments.report_scores import (
+    MEAN,
+    Row,
+    Style,
+    series_styles,
+    sources,
+    trained_small,
+    with_mean,
+)
 
 SECTION = "What is lost, what is gained"
 
@@ -167,9 +175,9 @@ def _points(
     points = []
     if source in cost.values:
         points.append(Point("unpruned", "unpruned", None, source, cost.values[source], 0.0, None))
-    for row in rows:
+    for row in trained_small(rows, source):
         count = row["num_experts"]
-        if row["kind"] == "scratch" and count < source and count in cost.values:
+        if count < source and count in cost.values:
             loss = unpruned["score"] - row["score"]
             points.append(
                 Point("from scratch", "scratch", None, count, cost.values[count], loss, None)
