@@ -192,7 +192,7 @@ def _samples(
 
 def _subsets(task: TaskExamples, predictions: Mapping[str, list[int]]) -> list[Subset]:
     subsets = []
-    members = [*_classes(task.examples), *_slices(task.examples, task.prompt_tokens)]
+    members = [*class_members(task.examples), *slice_members(task.examples, task.prompt_tokens)]
     for kind, name, places in members:
         chosen = [task.examples[place] for place in places]
         answers = {run: [p[place] for place in places] for run, p in predictions.items()}
@@ -201,7 +201,7 @@ def _subsets(task: TaskExamples, predictions: Mapping[str, list[int]]) -> list[S
     return subsets
 
 
-def _classes(examples: Sequence[Example]) -> list[tuple[str, str, list[int]]]:
+def class_members(examples: Sequence[Example]) -> list[tuple[str, str, list[int]]]:
     """Places of the examples with each right option, if the options recur."""
     places: dict[str, list[int]] = {}
     for place, example in enumerate(examples):
@@ -212,7 +212,7 @@ def _classes(examples: Sequence[Example]) -> list[tuple[str, str, list[int]]]:
     return [(CLASS, text, places[text]) for text in sorted(places)]
 
 
-def _slices(
+def slice_members(
     examples: Sequence[Example], prompt_tokens: np.ndarray
 ) -> list[tuple[str, str, list[int]]]:
     """Places of the thirds by prompt length, and of the slices that examples name themselves."""
