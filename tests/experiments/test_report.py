@@ -8,8 +8,9 @@ import pytest
 from scipy import stats
 
 from uncurl_jax import artifacts
+from uncurl_jax.data.tasks import Example
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import report, report_page
+from uncurl_jax.experiments import answers, report, report_page
 from uncurl_jax.pruning.grouping import GroupingOptions
 from uncurl_jax.pruning.plan import LayerPlan, PlanSource, PruningPlan
 
@@ -19,6 +20,11 @@ MOE_LAYERS = (0, 2, 4)
 def make_run(kind, experts, score, *, task="rte", seed=0, source=None, method="uncurl", **others):
     pruned = kind == "pruned"
     run = {
+        "schema": "uncurl_jax run 2",
+        "stage": "evaluate",
+        "name": f"runs/{task}-{kind}-{source}-{experts}-{method}-{seed}/metrics.json",
+        "inputs": [],
+        "tokens": 4000,
         "run": f"{task}-{kind}-{source}-{experts}-{method if pruned else ''}-{seed}",
         "kind": kind,
         "source_num_experts": source,
@@ -36,9 +42,12 @@ def make_run(kind, experts, score, *, task="rte", seed=0, source=None, method="u
         "parameters": 354_000_000 + 100_000_000 * (experts - 1),
         "active_parameters": 354_000_000,
         "bytes": 4 * (354_000_000 + 100_000_000 * (experts - 1)),
+        "checkpoint": None,
         "plan": None,
-        "seconds": {"finetune": 12.5},
-        "versions": {"jax": "0.10.2"},
+        "predictions": None,
+        "statistics": None,
+        "seconds": 12.5,
+        "versions": {"jax": "0.10.2", "uncurl_jax": "0.1.0"},
     }
     return {**run, **others}
 
@@ -91,7 +100,10 @@ def write_study(directory: Path, runs, plans=None, title="A small study") -> Pat
     directory.mkdir(parents=True, exist_ok=True)
     for run in runs:
         artifacts.append_json_line(directory / "runs.jsonl", run)
-    study = {"title": title, "device": "8 CPU devices", "versions": {"jax": "0.10.2"}, "config": {}}
+    study = {
+        **{"schema": "uncurl_jax study 2", "title": title, "device": "8 CPU devices"},
+        **{"versions": {"jax": "0.10.2"}, "config": {}},
+    }
     artifacts.write_json(directory / "study.json", study)
     for name, plan in (plans or {}).items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -116,63 +128,6 @@ def three_seeds(offset_to_scratch: float):
             ),
         ]
     return runs
-
-
-def test_a_prune_that_beats_scratch_on_three_seeds_is_the_threshold():
-    rows = report.summarize(three_seeds(2.0))
-    (finding,) = report.find_thresholds(rows)
-    assert finding["beneficial"]["status"] == "reached"
-    best = finding["beneficial"]["reached"]
-    assert best["factor"] == 4.0
-    # Differences 2.0, 2.1, 2.2: the seeds' common shift cancels in the pairing.
-    assert best["gap"]["mean"] == pytest.approx(2.1)
-    assert best["gap"]["interval"] == pytest.approx([2.0, 2.2])
-    assert finding["lossless"]["status"] == "not_reached"
-    assert "rte: 4 times (8 → 2 experts)" in report_page.headline([finding])
-
-
-def test_a_prune_that_loses_to_scratch_is_not_a_threshold():
-    (finding,) = report.find_thresholds(report.summarize(three_seeds(-2.0)))
-    assert finding["beneficial"] == {"status": "not_reached", "reached": None}
-    assert "at none of the sizes tried" in report_page.headline([finding])
-    assert "closest is 8 → 2 experts" in report_page.sentences(finding)[0]
-
-
-def test_a_margin_forgives_a_small_gap():
-    rows = report.summarize(three_seeds(-0.5))
-    (finding,) = report.find_thresholds(rows, margin=1.0)
-    assert finding["beneficial"]["status"] == "reached"
-
-
-def test_a_prune_within_a_point_of_unpruned_is_lossless():
-    (finding,) = report.find_thresholds(report.summarize(three_seeds(9.5)))
-    assert finding["lossless"]["status"] == "reached"
-    assert finding["lossless"]["reached"]["drop"]["mean"] == pytest.approx(0.4)
-
-
-def test_two_seeds_are_too_few_to_say_anything():
-    runs = [run for run in three_seeds(5.0) if run["seed"] < 2]
-    (finding,) = report.find_thresholds(report.summarize(runs))
-    assert finding["beneficial"] == {"status": "too_few_seeds", "reached": None}
-    assert report_page.headline([finding]).startswith("Too few seeds to say")
-    assert "2 seeds in common with a model from scratch" in report_page.sentences(finding)[0]
-
-
-def test_seeds_that_do_not_match_are_not_paired():
-    runs = [run for run in three_seeds(5.0) if run["kind"] != "scratch"]
-    runs.append(make_run("scratch", 2, 60.0, seed=7))
-    (finding,) = report.find_thresholds(report.summarize(runs))
-    assert finding["beneficial"]["status"] == "nothing_to_compare"
-    assert "cannot be said" in report_page.sentences(finding)[0]
-
-
-def test_the_larger_of_two_factors_that_hold_is_the_threshold():
-    runs = three_seeds(2.0)
-    for seed in range(3):
-        runs.append(make_run("scratch", 4, 62.0, seed=seed))
-        runs.append(make_run("pruned", 4, 68.0, seed=seed, source=8))
-    (finding,) = report.find_thresholds(report.summarize(runs))
-    assert finding["beneficial"]["reached"]["num_experts"] == 2
 
 
 def test_a_row_holds_the_mean_and_students_interval_over_seeds():
@@ -251,7 +206,7 @@ def test_a_missing_or_empty_runs_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"must have a runs\.jsonl"):
         report.write_report(tmp_path)
     (tmp_path / "runs.jsonl").touch()
-    with pytest.raises(InputError, match="at least one run, got none"):
+    with pytest.raises(InputError, match="at least one evaluated model, got none"):
         report.write_report(tmp_path)
 
 
@@ -262,12 +217,17 @@ def test_a_missing_or_empty_runs_file_is_refused(tmp_path):
         ({"score": None}, "score must be int or float, got None"),
         ({"seed": True}, "seed must be int, got True"),
         ({"kind": "shrunk"}, "kind must be one of unpruned, scratch, pruned"),
+        ({"extra": 1}, "fields must be those of this version, got extra"),
+        ({"schema": "uncurl_jax run 1"}, 'schema must be "uncurl_jax run 2", got '),
+        ({"stage": "distil"}, "stage must be one of cache, pretrain"),
+        ({"versions": {"uncurl_jax": "0.0.9"}}, "all records must be of one version, got 0.0.9"),
+        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         (
             {"kind": "pruned", "source_num_experts": None},
             "source_num_experts must be int, got None",
         ),
         ({"interval": [1.0]}, r"interval must be \[low, high\]"),
-        ({"plan": 3}, "plan must be a path or null"),
+        ({"plan": 3}, "plan must be str or null, got 3"),
     ],
 )
 def test_a_malformed_run_is_refused_by_file_and_line(tmp_path, change, message):
@@ -281,7 +241,7 @@ def test_a_malformed_run_is_refused_by_file_and_line(tmp_path, change, message):
 def test_a_line_that_is_no_json_or_no_object_or_repeated_is_refused(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text("[1]\n")
-    with pytest.raises(InputError, match=r"runs\.jsonl:1: a run must be a JSON object"):
+    with pytest.raises(InputError, match=r"runs\.jsonl:1: a record must be a JSON object"):
         report.load_runs(path)
     path.write_text("{oops\n")
     with pytest.raises(InputError, match=r"runs\.jsonl:1 must be a JSON object"):
@@ -338,3 +298,148 @@ def test_shards_of_another_study_or_with_the_same_run_are_refused(tmp_path):
     artifacts.write_json(study, {**artifacts.read_json(study), "config": {"seeds": [1]}})
     with pytest.raises(InputError, match=r"must have the same settings, got others in .*0_of_3"):
         report.write_report(tmp_path)
+
+
+def add_predictions(directory: Path, runs, labels, *, slices=None):
+    """Gives each run answers with its score, and writes the task they are of."""
+    examples = [
+        {
+            **Example(
+                f"q{i}", ("no", "yes"), int(label), i, extra={"slice": slices[i]} if slices else {}
+            ).to_dict(),
+            "prompt_tokens": 10 + i,
+        }
+        for i, label in enumerate(labels)
+    ]
+    artifacts.write_json(
+        directory / "tasks" / "rte.json",
+        {
+            **{"task": "rte", "split": "validation", "metrics": ["accuracy"]},
+            **{"primary_metric": "accuracy", "examples": examples},
+        },
+    )
+    for run in runs:
+        right = round(run["score"] * len(labels) / 100)
+        run["score"] = 100 * right / len(labels)
+        predicted = np.where(np.arange(len(labels)) < right, labels, 1 - labels).tolist()
+        run["predictions"] = f"runs/{run['run']}.jsonl"
+        path = directory / run["predictions"]
+        path.parent.mkdir(exist_ok=True)
+        lines = [{"idx": i, "prediction": int(option)} for i, option in enumerate(predicted)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return runs
+
+
+def two_runs(tmp_path, **others):
+    runs = [make_run("unpruned", 8, 80.0), make_run("pruned", 2, 60.0, source=8)]
+    return add_predictions(tmp_path, runs, np.arange(40) % 2, **others)
+
+
+def test_predictions_give_scores_by_class_and_by_slice(tmp_path):
+    slices = ["hard" if i >= 30 else "easy" for i in range(40)]
+    result = report.write_report(write_study(tmp_path, two_runs(tmp_path, slices=slices)))
+    unpruned, pruned = result["rows"]
+    # The first 32 of 40 are right, and the first 24; every second label is "yes".
+    assert unpruned["classes"]["yes"] == {
+        **{"num_examples": 20, "score": 80.0, "scores": {"0": 80.0}}
+    }
+    assert unpruned["slices"]["hard"]["score"] == 20.0
+    assert pruned["slices"]["hard"]["score"] == 0.0 and pruned["slices"]["easy"]["score"] == 80.0
+    assert [name for name in pruned["slices"] if "prompts" in name] == [
+        "prompts of at most 23 tokens",
+        "prompts of 24 to 36 tokens",
+        "prompts of 37 tokens or more",
+    ]
+    assert [s["num_examples"] for n, s in pruned["slices"].items() if "prompts" in n] == [
+        14,
+        13,
+        13,
+    ]
+    drop = result["findings"][0]["candidates"][0]["drop"]
+    assert (drop["over"], drop["mean"]) == ("examples", pytest.approx(20.0))
+    assert drop["interval"][0] < 20.0 < drop["interval"][1]
+
+
+def test_predictions_of_shards_are_found(tmp_path):
+    directory = tmp_path / "shard_0_of_1"
+    directory.mkdir()
+    write_study(directory, two_runs(directory))
+    assert report.write_report(tmp_path)["rows"][0]["classes"]["no"]["score"] == 80.0
+
+
+def test_options_that_are_texts_of_their_own_are_no_classes(tmp_path):
+    examples = [Example("q", (f"a{i}", f"b{i}"), 0, i) for i in range(40)]
+    assert answers._classes(examples) == []
+
+
+def test_predictions_that_do_not_belong_to_their_run_are_refused(tmp_path):
+    runs = two_runs(tmp_path)
+    path = tmp_path / runs[1]["predictions"]
+    directory = write_study(tmp_path, [{**runs[0]}, {**runs[1], "score": 61.0}])
+    with pytest.raises(InputError, match=r"must give its score 61\.0000, got 60\.0000 from"):
+        report.write_report(directory)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3] + lines[4:]))
+    with pytest.raises(InputError, match=r"jsonl:4: predictions must be of the 40 examples of"):
+        report.write_report(directory)
+    path.write_text("".join(lines).replace('"prediction": 0', '"prediction": null', 1))
+    with pytest.raises(InputError, match="prediction must be the index of an option, got None"):
+        report.write_report(directory)
+    path.unlink()
+    with pytest.raises(InputError, match="predictions must exist, got nothing at"):
+        report.write_report(directory)
+
+
+def test_a_study_of_another_schema_is_refused(tmp_path):
+    directory = write_study(tmp_path, [make_run("unpruned", 8, 70.0)])
+    study = artifacts.read_json(directory / "study.json")
+    artifacts.write_json(directory / "study.json", {**study, "schema": "uncurl_jax study 1"})
+    with pytest.raises(InputError, match=r'schema "uncurl_jax study 2", got \'uncurl_jax study 1'):
+        report.write_report(directory)
+
+
+def test_records_of_other_stages_are_checked_and_left_out(tmp_path):
+    run = make_run("unpruned", 8, 70.0)
+    names = ("schema", "inputs", "tokens", "seconds", "versions")
+    stage = {**{name: run[name] for name in names}, "stage": "pretrain", "name": "pretrained/8"}
+    directory = write_study(tmp_path, [stage, run])
+    assert [found["run"] for found in report.load_runs(directory / "runs.jsonl")] == [run["run"]]
+    artifacts.append_json_line(directory / "runs.jsonl", {**stage, "loss": 3.0})
+    with pytest.raises(InputError, match=r"runs\.jsonl:3: fields must be those .*, got loss"):
+        report.load_runs(directory / "runs.jsonl")
+    (directory / "runs.jsonl").write_text(json.dumps(stage) + "\n")
+    with pytest.raises(InputError, match="at least one evaluated model, got none"):
+        report.load_runs(directory / "runs.jsonl")
+
+
+def test_a_record_without_a_field_is_refused(tmp_path):
+    run = make_run("unpruned", 8, 70.0)
+    run.pop("bytes")
+    directory = write_study(tmp_path, [run])
+    with pytest.raises(InputError, match=r"runs\.jsonl:1: a record must have the field bytes"):
+        report.load_runs(directory / "runs.jsonl")
+
+
+def test_report_names_its_inputs_by_hash(tmp_path):
+    directory = write_study(tmp_path, three_seeds(2.0), {"plans/a.json": make_plan()})
+    inputs = report.write_report(directory)["inputs"]
+    assert inputs["runs.jsonl"] == artifacts.sha256_of_file(directory / "runs.jsonl")
+    assert set(inputs) == {"runs.jsonl", "study.json"}
+
+
+def test_margin_and_tolerance_reach_the_verdicts(tmp_path):
+    directory = write_study(tmp_path, three_seeds(-0.5), {"plans/a.json": make_plan()})
+    (finding,) = report.write_report(directory)["findings"]
+    assert finding["beneficial"]["status"] == "not_reached"
+    (finding,) = report.write_report(directory, margin=1.0, tolerance=20.0)["findings"]
+    assert finding["beneficial"]["status"] == finding["lossless"]["status"] == "reached"
+
+
+def test_a_made_up_study_is_reported_with_intervals_over_seeds_and_examples(tmp_path, report_study):
+    result = report.write_report(report_study.write(tmp_path / "study", is_whole=False))
+    assert [finding["task"] for finding in result["findings"]] == ["cb", "rte", "mean"]
+    for finding in result["findings"][:2]:
+        for candidate in finding["candidates"]:
+            assert candidate["gap"]["over"] == "seeds and examples"
+    assert result["effects"]["tasks"] == ["cb", "rte", "mean"]
+    assert result["multiple_comparisons"]["comparisons"] == 2 * 3 * 6

@@ -161,17 +161,17 @@ def test_host_devices_are_said_to_be_functional_only(tmp_path):
 
 def test_a_study_with_a_benchmark_shows_both(tmp_path):
     run = {
+        **{"schema": "uncurl_jax run 2", "stage": "evaluate", "name": "runs/a/metrics.json"},
+        **{"inputs": [], "tokens": 9, "seconds": 1.0, "versions": {"uncurl_jax": "0.1.0"}},
         **{"run": "a", "kind": "unpruned", "task": "rte", "seed": 0, "num_experts": 8},
-        **{"score": 70.0, "interval": [66.0, 74.0], "num_examples": 277, "plan": None},
-        **{
-            "fraction_tokens_left_behind": 0.0,
-            "parameters": 9,
-            "active_parameters": 3,
-            "bytes": 36,
-        },
+        **{"source_num_experts": 8, "method": None, "router": None, "num_experts_per_layer": [8]},
+        **{"score": 70.0, "interval": [66.0, 74.0], "num_examples": 277, "metrics": {}},
+        **{"fraction_tokens_left_behind": 0.0, "parameters": 9, "active_parameters": 3},
+        **{"bytes": 36, "checkpoint": None, "plan": None, "predictions": None, "statistics": None},
     }
     artifacts.append_json_line(tmp_path / "runs.jsonl", run)
-    artifacts.write_json(tmp_path / "study.json", {"title": "A study", "config": {}})
+    study = {"schema": "uncurl_jax study 2", "title": "A study", "config": {}}
+    artifacts.write_json(tmp_path / "study.json", study)
     write_record(tmp_path / "bench.json")
     result = report.write_report(tmp_path)
     assert result["title"] == "A study" and len(result["benches"]) == len(result["rows"]) == 1

@@ -13,6 +13,7 @@ from uncurl_jax.experiments.report_html import (
     sections_html,
     table_html,
 )
+from uncurl_jax.experiments.thresholds import MEAN_TASK, MIN_SEEDS, MIN_TASKS
 
 COLUMNS = (
     "task",
@@ -81,71 +82,153 @@ def _step(candidate: Mapping[str, Any]) -> str:
     return f"{candidate['source_num_experts']} → {candidate['num_experts']} experts"
 
 
+def _limit(points: float) -> str:
+    return f"{points:g} point" if points == 1 else f"{points:g} points"
+
+
 def _measured(comparison: Mapping[str, Any]) -> str:
     low, high = comparison["interval"]
     return (
-        f"{_points(comparison['mean'])} points, 95 % interval {_points(low)} to {_points(high)}, "
-        f"{_plural(comparison['seeds'], 'seed')}"
+        f"{_points(comparison['mean'])} points, 95 % interval {_points(low)} to {_points(high)} "
+        f"over {comparison['over']}, {_plural(comparison['seeds'], 'seed')}"
     )
 
 
 def _too_few(candidates: Sequence[Mapping[str, Any]], key: str, other: str, sign: int) -> str:
-    best = max(candidates, key=lambda c: sign * c[key]["mean"] if c[key]["seeds"] else -1e9)
+    compared = [c for c in candidates if c[key]["seeds"]]
+    best = max(compared, key=lambda c: sign * c[key]["mean"])
     return (
-        f"{_plural(best[key]['seeds'], 'seed')} in common{other} where 3 are needed. So far "
-        f"{_step(best)} with {best['label']}: {_points(best[key]['mean'])} points."
+        f"{_plural(best[key]['seeds'], 'seed')} in common{other} where {MIN_SEEDS} are needed. So "
+        f"far {_step(best)} with {best['label']}: {_points(best[key]['mean'])} points."
     )
 
 
 def sentences(finding: Mapping[str, Any]) -> list[str]:
-    """Says in words what one finding of `report.find_thresholds` holds."""
-    candidates = finding["candidates"]
-    if not candidates:
+    """Says in words what one finding of `thresholds.find_thresholds` holds."""
+    if not finding["candidates"]:
         return ["No pruned model was run."]
-    beneficial, lossless = finding["beneficial"], finding["lossless"]
-    best = beneficial["reached"]
-    texts = {
-        "reached": lambda: (
+    return [
+        _beneficial_sentence(finding),
+        _lossless_sentence(finding),
+        *_hole_sentences(finding),
+        *_holm_sentences(finding),
+        *_missing_sentences(finding),
+    ]
+
+
+def _beneficial_sentence(finding: Mapping[str, Any]) -> str:
+    candidates, status = finding["candidates"], finding["beneficial"]["status"]
+    best, margin = finding["beneficial"]["reached"], finding["margin"]
+    slack = f", give or take {_limit(margin)}" if margin else ""
+    if status == "reached":
+        return (
             f"{_step(best)} ({best['factor']:.3g} times fewer) with {best['label']} is at least as "
-            f"good as {best['num_experts']} experts trained from scratch: {_measured(best['gap'])}."
-        ),
-        "not_reached": lambda: (
-            "No pruned model is shown to be as good as one of its size trained from scratch; "
-            "closest is " + _closest(candidates, "gap", 1)
-        ),
-        "too_few_seeds": lambda: (
-            "Whether pruning is better than training small from scratch cannot be said: "
-            + _too_few(candidates, "gap", " with a model from scratch", 1)
-        ),
-        "nothing_to_compare": lambda: (
-            "No model of a pruned size was trained from scratch with the same seed, so whether "
-            "pruning is better than training small cannot be said."
-        ),
-    }
-    kept = lossless["reached"]
-    losses = {
-        "reached": lambda: (
-            f"{_step(kept)} ({kept['factor']:.3g} times fewer) with {kept['label']} stays within 1 "
-            f"point of the unpruned model; unpruned minus pruned: {_measured(kept['drop'])}."
-        ),
-        "not_reached": lambda: (
-            "No pruned model is shown to stay within 1 point of the unpruned one; closest, as "
+            f"good as {best['num_experts']} experts trained from scratch{slack}: "
+            f"{_measured(best['gap'])}."
+        )
+    if status == "not_reached":
+        return (
+            f"No pruned model is shown to be as good as one of its size trained from scratch"
+            f"{slack}; closest is " + _closest(candidates, "gap", 1)
+        )
+    if status == "too_few_seeds":
+        return "Whether pruning is better than training small from scratch cannot be said: " + (
+            _too_few(candidates, "gap", " with a model from scratch", 1)
+        )
+    can = "" if finding["lossless"]["status"] == "nothing_to_compare" else "; the lossless one can"
+    return (
+        f"{_lacking(finding, 'gap', 'model of a pruned size was trained from scratch')}, so "
+        "whether pruning is better than training small cannot be said: the beneficial threshold "
+        f"cannot be given{can}."
+    )
+
+
+def _lossless_sentence(finding: Mapping[str, Any]) -> str:
+    candidates, status = finding["candidates"], finding["lossless"]["status"]
+    best, tolerance = finding["lossless"]["reached"], _limit(finding["tolerance"])
+    if status == "reached":
+        return (
+            f"{_step(best)} ({best['factor']:.3g} times fewer) with {best['label']} stays within "
+            f"{tolerance} of the unpruned model; unpruned minus pruned: {_measured(best['drop'])}."
+        )
+    if status == "not_reached":
+        return (
+            f"No pruned model is shown to stay within {tolerance} of the unpruned one; closest, as "
             "unpruned minus pruned, is " + _closest(candidates, "drop", -1)
-        ),
-        "too_few_seeds": lambda: (
-            "What pruning loses against the unpruned model cannot be said: "
-            + _too_few(candidates, "drop", "", -1).replace("points.", "points lost.")
-        ),
-        "nothing_to_compare": lambda: (
-            "No unpruned model was evaluated with the same seed, so what pruning loses cannot be "
-            "said."
-        ),
+        )
+    if status == "too_few_seeds":
+        text = _too_few(candidates, "drop", "", -1).replace("points.", "points lost.")
+        return "What pruning loses against the unpruned model cannot be said: " + text
+    return (
+        f"{_lacking(finding, 'drop', 'unpruned model was evaluated')}, so what pruning loses "
+        "cannot be said: the lossless threshold cannot be given."
+    )
+
+
+def _lacking(finding: Mapping[str, Any], key: str, what: str) -> str:
+    """Says what a comparison lacks; for the mean over tasks, in which of them."""
+    missing = [c[key].get("tasks_missing") for c in finding["candidates"]]
+    if all(missing):
+        fewest = min((tasks for tasks in missing if tasks), key=len)
+        return f"Not every task has such a comparison (without: {', '.join(fewest)})"
+    return f"No {what} with the same seed"
+
+
+def _hole_sentences(finding: Mapping[str, Any]) -> list[str]:
+    """Says where a larger factor holds and a smaller one does not."""
+    said = []
+    for name in ("beneficial", "lossless"):
+        holes = finding[name]["smaller_not_holding"]
+        if holes:
+            steps = ", ".join(_step(hole) for hole in holes)
+            said.append(
+                f"The {name} threshold is reached at {finding[name]['reached']['factor']:.3g} "
+                f"times, but with the same method {steps} is not shown to hold: take the "
+                "threshold with care."
+            )
+    return said
+
+
+def _holm_sentences(finding: Mapping[str, Any]) -> list[str]:
+    """Says which verdicts remain when all comparisons of the study are counted."""
+    reached = {
+        name: finding[name]["survives_holm"]
+        for name in ("beneficial", "lossless")
+        if finding[name]["status"] == "reached"
     }
-    return [texts[beneficial["status"]](), losses[lossless["status"]]()]
+    if not reached or finding["comparisons"] < 2:
+        return []
+    kept = [f"the {name} threshold" for name, survives in reached.items() if survives]
+    lost = [f"the {name} threshold" for name, survives in reached.items() if not survives]
+    parts = [
+        f"{' and '.join(names)} {verb}{'s' if len(names) == 1 else ''}"
+        for names, verb in ((kept, "remain"), (lost, "do not remain"))
+        if names
+    ]
+    text = ", ".join(parts).replace("do not remains", "does not remain")
+    return [f"Counting all {finding['comparisons']} comparisons of this study (Holm, 5 %), {text}."]
+
+
+def _missing_sentences(finding: Mapping[str, Any]) -> list[str]:
+    """Names the seeds that have no partner."""
+    missing = []
+    for candidate in finding["candidates"]:
+        for key in ("gap", "drop"):
+            for lacking, seeds in candidate[key]["missing_seeds"].items():
+                partner = "the pruned model" if lacking == "pruned" else f"the {lacking} model"
+                partner = partner.replace("the scratch model", "the model from scratch")
+                listed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+                missing.append(
+                    f"{listed} of {_step(candidate)} with {candidate['label']}, where {partner} is "
+                    "missing"
+                )
+    if not missing:
+        return []
+    return [f"Left out for want of a pair: {'; '.join(dict.fromkeys(missing))}."]
 
 
 def _closest(candidates: Sequence[Mapping[str, Any]], key: str, sign: int) -> str:
-    compared = [c for c in candidates if c[key]["seeds"] >= 3]
+    compared = [c for c in candidates if c[key]["seeds"] >= MIN_SEEDS]
     best = max(compared, key=lambda c: sign * c[key]["mean"])
     return f"{_step(best)} with {best['label']}: {_measured(best[key])}."
 
@@ -159,9 +242,14 @@ def _short_verdict(finding: Mapping[str, Any]) -> str:
         return "at none of the sizes tried"
     if lossless["reached"]:
         best = lossless["reached"]
-        return f"{best['factor']:.3g} times within 1 point of unpruned ({_step(best)})"
+        return (
+            f"{best['factor']:.3g} times within {_limit(finding['tolerance'])} of unpruned "
+            f"({_step(best)})"
+        )
     if beneficial["status"] == "too_few_seeds" or lossless["status"] == "too_few_seeds":
         return "undecided, too few seeds"
+    if lossless["status"] == "not_reached":
+        return f"at no size tried within {_limit(finding['tolerance'])} of unpruned"
     return "undecided, nothing to compare with"
 
 
@@ -170,12 +258,20 @@ def headline(findings: Sequence[Mapping[str, Any]]) -> str:
     verdicts = {finding["task"]: _short_verdict(finding) for finding in findings}
     if len(set(verdicts.values())) == 1 and "too few seeds" in next(iter(verdicts.values())):
         return (
-            "Too few seeds to say how far one can prune: each size needs 3 seeds in common with a "
-            "model trained from scratch, so read the scores below as single runs."
+            f"Too few seeds to say how far one can prune: each size needs {MIN_SEEDS} seeds in "
+            "common with a model trained from scratch, so read the scores below as single runs."
         )
     if all(not finding["candidates"] for finding in findings):
         return "No pruned model was run, so nothing can be said about how far one can prune."
-    listed = "; ".join(f"{task}: {verdict}" for task, verdict in verdicts.items())
+    listed = "; ".join(
+        f"{'mean over the tasks' if task == MEAN_TASK else task}: {verdict}"
+        for task, verdict in verdicts.items()
+    )
+    if all(finding["beneficial"]["status"] == "nothing_to_compare" for finding in findings):
+        return (
+            "Whether a smaller model trained from scratch is better cannot be said, for there is "
+            f"none; how far one can prune against the unpruned model, on this evidence: {listed}."
+        )
     return (
         "How far one can prune and still be as good as a model of that size trained from scratch, "
         f"on this evidence: {listed}."
@@ -184,10 +280,12 @@ def headline(findings: Sequence[Mapping[str, Any]]) -> str:
 
 _READING = (
     "Scores are percent of the task's own metric on its validation split; higher is better.",
-    "Intervals are 95 %: Student's over seeds, or with an asterisk the bootstrap over the examples "
-    "of a single run, which does not cover the variation between seeds.",
-    "Comparisons are paired by seed, in points, with a bootstrap over the pairs. Fewer than 3 "
-    "pairs decide nothing.",
+    "Intervals are 95 %: of a model, Student's over seeds, or with an asterisk the bootstrap over "
+    "the examples of a single run, which does not cover the variation between seeds.",
+    "Comparisons are paired by seed and example, in points. Their intervals cover other seeds and "
+    f"other examples, or what they name. Fewer than {MIN_SEEDS} pairs decide nothing.",
+    f"The interval of the mean over {MIN_TASKS} tasks or more is about tasks such as these; of "
+    "fewer, about these tasks alone. All seeds share their pretraining, which no interval covers.",
     "Parameters count the whole model, active those that one token passes through. Bytes are those "
     "of the stored parameters (1 GB = 10⁹).",
     "Tokens dropped had no free slot in a chosen expert and passed that layer by.",
