@@ -107,8 +107,10 @@ def _add_data_commands(command: Any) -> None:
     sub.add_argument("--out", required=True, help="directory to write")
 
 
-def _add_task_arguments(sub: argparse.ArgumentParser, split: str) -> None:
-    sub.add_argument("--task", required=True, help="a token cache, or a task's name")
+def _add_task_arguments(
+    sub: argparse.ArgumentParser, split: str, *, is_required: bool = True
+) -> None:
+    sub.add_argument("--task", required=is_required, help="a token cache, or a task's name")
     sub.add_argument("--split", help=f"split of the task (default {split})")
     sub.add_argument("--data_dir", help="where the files of a named task lie")
     sub.add_argument("--vocabulary", help="spec; by default the checkpoint's own")
@@ -194,6 +196,15 @@ def _add_model_commands(command: Any) -> None:
     sub.add_argument("--examples_per_batch", type=int)
     sub.add_argument("--max_new_tokens", type=int)
     _add_mesh_arguments(sub)
+
+    sub = command("compare", "Compare two checkpoints on a task, example by example.")
+    sub.add_argument("a", metavar="A", help="the model before: a checkpoint, or its metrics.json")
+    sub.add_argument("b", metavar="B", help="the model after: the same")
+    _add_task_arguments(sub, "validation", is_required=False)
+    sub.add_argument("--out", required=True, help="compare.json to write")
+    sub.add_argument("--length_normalized", action="store_true", dest="is_length_normalized")
+    sub.add_argument("--dropless", action="store_true", dest="is_dropless")
+    sub.add_argument("--examples_per_batch", type=int)
 
     sub = command("verify", "Replay a pruned checkpoint's plan and compare every array.")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")

@@ -32,6 +32,7 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "verify": (),
     "prune": ("uncurl_jax.checkpoints.transform",),
     "evaluate": ("uncurl_jax.evaluation.evaluator",),
+    "compare": ("uncurl_jax.evaluation.evaluator",),
     "inspect": (),
     "sweep": (*_STUDY_MODULES, "uncurl_jax.experiments.sweep"),
     "report": (),
@@ -483,6 +484,56 @@ def evaluate(options: Options) -> Any:
     return _only_first_process({"out": str(out), **summary})
 
 
+def compare(options: Options) -> Any:
+    """`uncurl compare`."""
+    from uncurl_jax.artifacts import write_json
+    from uncurl_jax.experiments import compare as compare_lib
+
+    out = _new_output(options.pop("out"))
+    paths = [Path(options.pop(name)) for name in ("a", "b")]
+    if len({path.is_file() for path in paths}) > 1:
+        raise InputError(
+            f"A comparison is of two checkpoints or of two metrics.json files, got {paths[0]} and "
+            f"{paths[1]}: give two of one kind."
+        )
+    is_evaluated = paths[0].is_file()
+    answers = [compare_lib.load_answers(path) for path in paths] if is_evaluated else []
+    if "task" not in options:
+        if not is_evaluated:
+            raise InputError(
+                "Checkpoints are compared on a task, got no --task: give a token cache, or a "
+                "task's name and --data_dir."
+            )
+        result = compare_lib.compare(answers[0], answers[1])
+    else:
+        # A task given by name is tokenised as A's checkpoint has it.
+        first = answers[0].summary["checkpoint"]["path"] if is_evaluated else str(paths[0])
+        options["checkpoint"] = first
+        with _open_task(options, "validation") as task_cache:
+            del options["checkpoint"]
+            options.pop("vocabulary", None)
+            task = compare_lib.task_of(task_cache)
+            if not is_evaluated:
+                answers = [_answers(path, task_cache, options) for path in paths]
+            result = compare_lib.compare(answers[0], answers[1], task, cache_hash=task_cache.hash)
+    print(compare_lib.format_comparison(result), file=sys.stderr)
+    write_json(out, result)
+    names = ("task", "split", "num_examples", "difference", "flips")
+    return {"out": str(out), **{name: result[name] for name in names}}
+
+
+def _answers(checkpoint: Path, cache: Any, options: Options) -> Any:
+    """Evaluates a checkpoint without leaving files."""
+    from uncurl_jax.evaluation import evaluator
+    from uncurl_jax.experiments import compare as compare_lib
+
+    with tempfile.TemporaryDirectory(prefix="uncurl_compare_") as directory:
+        metrics = Path(directory) / "metrics.json"
+        run = configured(evaluator.evaluate_checkpoint)
+        run(checkpoint=str(checkpoint), cache=cache, out=metrics, **options)
+        return compare_lib.load_answers(metrics)._replace(name=str(checkpoint))
+
+
 def inspect(options: Options) -> Any:
     """`uncurl inspect`."""
     from uncurl_jax.checkpoints.inspect import describe
@@ -712,6 +763,7 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "verify": verify,
     "prune": prune,
     "evaluate": evaluate,
+    "compare": compare,
     "inspect": inspect,
     "sweep": sweep,
     "report": report,
