@@ -28,17 +28,20 @@ def draw_figures(
     """
     rows, findings = report["rows"], report["findings"]
     costs = [report_tradeoffs.memory_cost(rows), *evidence.measures]
-    tasks = [task for task in dict.fromkeys(row["task"] for row in rows)]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
     with drawing_style():
         figures: list[Figure | None] = [
             *report_scores.draw_scores(rows, findings),
             *report_tradeoffs.draw_tradeoffs(rows, findings, costs),
             report_scores.draw_sizes(rows),
         ]
+        merged: list[Figure] = []
         for task, plan in plans.items():
             statistics = evidence.statistics.get(task)
             layers = None if statistics is None else statistics.layers
-            figures += report_plans.draw_plan_figures(task, plan, layers)
+            merged += report_plans.draw_plan_figures(task, plan, layers)
+        # Figures of one panel first, so that they stand side by side.
+        figures += sorted(merged, key=lambda figure: len(figure.panels) > 1)
         figures += [
             report_scores.draw_dropped(rows),
             report_course.draw_curves(evidence.curves, tasks),

@@ -74,6 +74,7 @@ dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem .8
   font-size: .88rem; margin: .4rem 0; }
 dt { color: var(--soft); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--accent); }
+@media (max-width: 47rem) { figure.single { flex: 1 1 100%; } }
 @media (max-width: 30rem) {
   .headline, .recommendation p:first-child { font-size: 1.12rem; }
   .recommendation { font-size: 1rem; }
