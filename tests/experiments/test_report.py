@@ -369,7 +369,7 @@ def test_predictions_of_shards_are_found(tmp_path):
 
 def test_options_that_are_texts_of_their_own_are_no_classes(tmp_path):
     examples = [Example("q", (f"a{i}", f"b{i}"), 0, i) for i in range(40)]
-    assert answers._classes(examples) == []
+    assert answers.class_members(examples) == []
 
 
 def test_predictions_that_do_not_belong_to_their_run_are_refused(tmp_path):
