@@ -268,6 +268,19 @@ def _add_study_commands(command: Any) -> None:
 
     sub = command("report", "Write report.html and report.json of a study.")
     sub.add_argument("directory", metavar="DIR")
+    sub.add_argument(
+        "--margin", type=float, help="points below a model from scratch that may be (default 0)"
+    )
+    sub.add_argument(
+        "--tolerance", type=float, help="points below the unpruned model that may be (default 1)"
+    )
+
+    sub = command("gate", "Judge a pruned model of a report by limits; exit status 1 if it fails.")
+    sub.add_argument("report", metavar="REPORT", help="report.json that uncurl report wrote")
+    sub.add_argument("--gate", required=True, help="limits, as configs/gates/default.json")
+    sub.add_argument("--candidate", help="as 16to4-uncurl-reference; default the threshold's")
+    sub.add_argument("--bench", help="what uncurl bench wrote, for min_latency_gain")
+    sub.add_argument("--out", required=True, help="gate.json to write")
 
 
 def _add_placement_command(command: Any) -> None:

@@ -36,6 +36,7 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "inspect": (),
     "sweep": (*_STUDY_MODULES, "uncurl_jax.experiments.sweep"),
     "report": (),
+    "gate": (),
     "quickstart": (*_STUDY_MODULES, "uncurl_jax.experiments.quickstart"),
     "placement": ("uncurl_jax.config",),
     "bench": ("uncurl_jax.config", "uncurl_jax.deployment.bench"),
@@ -582,10 +583,13 @@ def sweep(options: Options) -> Any:
 def report(options: Options) -> Any:
     """`uncurl report`."""
     from uncurl_jax.experiments import report as report_lib
+    from uncurl_jax.experiments.effects import format_effects
 
-    result = report_lib.write_report(options["directory"])
+    result = report_lib.write_report(**options)
     if result["rows"]:
         print(report_lib.format_table(result["rows"]), file=sys.stderr)
+    if result["effects"]["rows"]:
+        print(f"\n{format_effects(result['effects'])}\n", file=sys.stderr)
     for measured in result["benches"]:
         for sentence in measured["sentences"]:
             print(f"{measured['file']}: {sentence}", file=sys.stderr)
@@ -595,6 +599,19 @@ def report(options: Options) -> Any:
         "json": str(directory / "report.json"),
         "headline": result["headline"],
     }
+
+
+def gate(options: Options) -> Any:
+    """`uncurl gate`."""
+    from uncurl_jax.artifacts import write_json
+    from uncurl_jax.experiments import gate as gate_lib
+
+    out = _new_output(options.pop("out"))
+    rules, report_file = _own_or_given(options.pop("gate")), options.pop("report")
+    result = gate_lib.judge(report_file, rules, **options)
+    print(gate_lib.format_verdicts(result), file=sys.stderr)
+    write_json(out, result)
+    return {"out": str(out), "candidate": result["candidate"]["name"], "passed": result["passed"]}
 
 
 def quickstart(options: Options) -> Any:
@@ -750,6 +767,7 @@ def aot(options: Options) -> Any:
 # Commands whose work can end well and yet say no: exit status 1 if the function is true.
 HAS_FAILED: dict[str, Callable[[Any], bool]] = {
     "aot": lambda result: not result["fits"],
+    "gate": lambda result: not result["passed"],
     "verify": lambda result: not result["verified"],
 }
 
@@ -767,6 +785,7 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "inspect": inspect,
     "sweep": sweep,
     "report": report,
+    "gate": gate,
     "quickstart": quickstart,
     "placement": placement,
     "bench": bench,

@@ -1,0 +1,64 @@
+"""`uncurl gin --show`: what gin files come to, with every default filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import gin
+
+from uncurl_jax.cli.gin_config import bound
+from uncurl_jax.errors import InputError
+
+# What gin files configure, and the values that are not built from a dataclass.
+_ROOTS = (
+    "training.trainer.train",
+    "experiments.sweep.run_sweep",
+    "experiments.quickstart.run_quickstart",
+    "experiments.pilot.run_pilot",
+    "data.token_cache.build_token_cache",
+    "evaluation.calibration.calibrate_checkpoint",
+    "evaluation.evaluator.evaluate_checkpoint",
+    "pruning.plan.make_plan",
+    "checkpoints.transform.prune_checkpoint",
+    "config.ModelConfig",
+)
+
+
+def resolved() -> dict[str, Any]:
+    """Returns function -> parameters of what the parsed files bind; objects as nested dicts.
+
+    Raises:
+      InputError: If they bind nothing that a command runs.
+    """
+    found: dict[str, Any] = {}
+    for name in _ROOTS:
+        module, _, attribute = name.rpartition(".")
+        function = getattr(importlib.import_module(f"uncurl_jax.{module}"), attribute)
+        if not bound(function):
+            continue
+        if dataclasses.is_dataclass(function):
+            # A model of its own is shown if no stage holds it.
+            if not found:
+                found[name] = _plain(gin.get_configurable(function)())
+            continue
+        found[name] = {key: _plain(value) for key, value in gin.get_bindings(function).items()}
+    if not found:
+        raise InputError(
+            "A gin file must bind what a command runs, got none: give a file of gin/runs, "
+            "gin/tasks or gin/models, or one that includes it."
+        )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts that name their class; other objects by their representation."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
