@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import gin
 import pytest
 
 from uncurl_jax import config
-from uncurl_jax.cli import build_parser, gin_config
+from uncurl_jax.cli import build_parser, gin_config, main
 from uncurl_jax.data import token_cache
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import quickstart, study, sweep
+from uncurl_jax.experiments import pilot, quickstart, study, sweep
 from uncurl_jax.models.decoder import count_parameters
 from uncurl_jax.training import trainer
 
@@ -28,6 +29,7 @@ REQUIRED = {
     "TASK": "'seqio:a_task'",
     "TRAIN_FILE": "'corpus.txt'",
     "CORPUS_FILE": "'corpus.txt'",
+    "MIXTURE_TASKS": "('seqio:a_mixture',)",
     "NUM_STEPS": "3",
 }
 
@@ -73,7 +75,7 @@ def test_a_file_says_what_it_is_for_and_is_written_for_dynamic_registration(name
 @pytest.mark.parametrize("name", TASKS + RUNS)
 def test_the_commands_in_the_head_are_commands_of_the_program(name):
     head = re.sub(r"\n#\s+(--)", r" \1", text_of(name).partition("from __gin__")[0])
-    commands = re.findall(r"uncurl ((?:cache|train|sweep|quickstart|report) .+)", head)
+    commands = re.findall(r"uncurl ((?:cache|train|sweep|quickstart|report|pilot) .+)", head)
     assert commands
     for command in commands:
         words = [word for word in command.split() if word != "..."]
@@ -117,6 +119,8 @@ def test_a_run_file_builds_the_configuration_of_its_command(name):
         for function in (trainer.train, sweep.run_sweep, quickstart.run_quickstart)
         if "config" in gin_config.bound(function)
     ]
+    if "finetune" in gin_config.bound(pilot.run_pilot):
+        built.append(gin.get_bindings(pilot.run_pilot)["finetune"])
     assert len(built) == 1
     assert isinstance(built[0], config.TrainConfig | study.StudyConfig)
 
@@ -130,7 +134,8 @@ def test_a_task_file_configures_the_cache_builder(name):
 
 @pytest.mark.parametrize("name", [name for name in FILES if needed(name)])
 def test_a_required_value_that_is_missing_is_named(name):
-    with pytest.raises(InputError, match=rf"{needed(name)[0]} must be set, got nothing: add --gin"):
+    names = "|".join(needed(name))
+    with pytest.raises(InputError, match=rf"({names}) must be set, got nothing: add --gin"):
         gin_config.parse([name], [], ())
 
 
@@ -149,3 +154,33 @@ def test_a_typo_in_a_macro_is_refused(name):
     for macro in macros:
         with pytest.raises(InputError, match=rf"got {macro}X: nearest .*{macro}"):
             parse(name, f"{macro}X = 1")
+
+
+@pytest.mark.parametrize("name", SIZES + TASKS + [run for run in RUNS if "pilot" not in run])
+def test_a_file_is_shown_with_every_default_filled_in(name, capsys):
+    bindings = [f"--gin.{macro}={REQUIRED[macro]}" for macro in needed(name)]
+    assert main(["gin", "--show", name, *bindings]) == 0
+    captured = capsys.readouterr()
+    shown = json.loads(captured.out)
+    assert len(shown) == 1
+    text = json.dumps(shown)
+    assert "@" not in text and "ConfigurableReference" not in text
+    assert "# Macros" in captured.err or "# Parameters" in captured.err
+
+
+def test_a_default_that_no_file_binds_is_shown(capsys):
+    assert main(["gin", "--show", "gin/runs/pretrain.gin", "--gin.NUM_EXPERTS=4"]) == 0
+    config_shown = json.loads(capsys.readouterr().out)["training.trainer.train"]["config"]
+    assert config_shown["class"] == "TrainConfig"
+    assert config_shown["max_to_keep"] == 1
+    assert config_shown["model"]["num_experts"][0] == 4
+    assert config_shown["optimizer"]["epsilon"] == 1e-8
+
+
+def test_showing_nothing_or_a_typo_is_refused(capsys, tmp_path):
+    empty = tmp_path / "empty.gin"
+    empty.write_text("from __gin__ import dynamic_registration\n")
+    assert main(["gin", "--show", str(empty)]) == 2
+    assert "must bind what a command runs" in capsys.readouterr().err
+    assert main(["gin", "--show", "gin/runs/pretrain.gin", "--gin.NUM_EXPERT=4"]) == 2
+    assert "NUM_EXPERTS" in capsys.readouterr().err

@@ -165,6 +165,11 @@ def test_a_given_checkpoint_needs_no_pretraining():
         ({"pretraining_prunes": (0.6, 0.3)}, r"ascending order, above 0 and below 1, got \(0.6"),
         ({"pretraining_prunes": (1.0,)}, "above 0 and below 1"),
         ({"finetune_grid": FinetuneGrid(seed=5)}, r"must not be one of the study's seeds \(5,\)"),
+        ({"finetune_epochs": 0.0}, "finetune_epochs must be positive, and not with"),
+        (
+            {"finetune_epochs": 1.0, "finetune_grid": FinetuneGrid(num_steps=(5,))},
+            "not with finetune_grid.num_steps, got 1.0",
+        ),
         ({"pretrain": None}, "needs models to prune, got neither pretrain and corpus nor a chec"),
         ({"checkpoint": "c"}, "has one source_num_experts, and neither has_scratch nor"),
     ],

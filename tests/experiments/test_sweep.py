@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from uncurl_jax import __version__
-from uncurl_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from uncurl_jax.config import EarlyStoppingConfig, ModelConfig, OptimizerConfig, TrainConfig
 from uncurl_jax.data import synthetic
 from uncurl_jax.data.jsonl_task import JsonlTask
 from uncurl_jax.data.language_modeling import LanguageModelingTask
+from uncurl_jax.data.mixtures import MixtureConfig
 from uncurl_jax.data.token_cache import build_token_cache
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments import stage_runner
-from uncurl_jax.experiments.study import StudyConfig
+from uncurl_jax.experiments.study import FinetuneGrid, StudyConfig
 from uncurl_jax.experiments.sweep import dry_run, run_sweep
 
 MODEL = ModelConfig(
@@ -306,3 +307,49 @@ def test_a_whole_study_on_eight_devices_gives_a_record_per_model_and_a_report(da
     assert [record for record in found if record["stage"] == "evaluate"] == records
     assert run_sweep(config, out=tmp_path, data_dir=data, quiet=True) == records
     assert (tmp_path / "runs.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+def test_a_study_with_every_optional_stage(data, tmp_path):
+    """Mixture, grid, early stopping, prunes during pretraining; checkpoints removed at the end."""
+    config = dataclasses.replace(
+        CONFIG,
+        prefinetune=STAGE,
+        mixture=MixtureConfig(tasks=("synthetic_choice", "synthetic_entailment"), corpus_share=0.2),
+        finetune=dataclasses.replace(STAGE, early_stopping=EarlyStoppingConfig(1, patience=1)),
+        finetune_grid=FinetuneGrid(learning_rates=(1e-2, 1e-3)),
+        pretraining_prunes=(0.5,),
+        keep_checkpoints=False,
+    )
+    records = run_sweep(config, out=tmp_path, data_dir=data, quiet=True)
+    assert [record["run"] for record in records] == [
+        "4-unpruned-synthetic_choice-seed0",
+        "4to2-frequency-reference-synthetic_choice-seed0",
+        "4to2-during_pretraining-reference-synthetic_choice-seed0",
+        "2-scratch-synthetic_choice-seed0",
+    ]
+    for record in records:
+        tuned = record["tuned"]
+        best = max(tuned["trials"], key=lambda trial: trial["score"])
+        assert tuned["chosen"]["peak_learning_rate"] == best["peak_learning_rate"]
+        assert {trial["peak_learning_rate"] for trial in tuned["trials"]} == {1e-2, 1e-3}
+        assert (tmp_path / record["predictions"]).exists()
+        assert record["checkpoint"] is None
+        assert not (tmp_path / "runs" / record["run"] / "finetuned").exists()
+    assert records[2]["num_experts_per_layer"] == [2]
+    assert records[2]["plan"] == "pretrained/4to2-during_pretraining/pruning_plan_1.json"
+    lines = {line["name"]: line for line in content(tmp_path / "runs.jsonl")}
+    # 2 steps x 8 rows x 96 tokens, in two parts.
+    parts = ("pretrained/4_experts-until1", "pretrained/4to2-during_pretraining/until2")
+    assert [lines[name]["tokens"] for name in parts] == [768, 768]
+    mixture = json.loads(
+        (tmp_path / "caches" / "prefinetune_mixture" / "train" / "manifest.json").read_text()
+    )
+    assert [line["task"] for line in mixture["mixture"]] == [
+        "synthetic_entailment",
+        "synthetic_corpus",
+    ]
+    assert (tmp_path / "curves" / "pretrained__4_experts.jsonl").exists()
+    examples = json.loads((tmp_path / "tasks" / "synthetic_choice.json").read_text())["examples"]
+    assert len(examples) == 8
+    assert all(example["prompt_tokens"] > 0 for example in examples)

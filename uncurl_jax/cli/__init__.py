@@ -51,6 +51,11 @@ def _count_list(text: str) -> int | tuple[int, ...]:
     return counts[0] if len(counts) == 1 else counts
 
 
+def _number_list(text: str) -> tuple[int, ...]:
+    counts = _count_list(text)
+    return (counts,) if isinstance(counts, int) else counts
+
+
 def _name_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
@@ -88,6 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--gin.X=Y", dest="unused", metavar="", help="one more gin binding")
         return sub
 
+    sub = command("gin", "Show what gin files come to, with every default filled in.")
+    sub.add_argument(
+        "--show", action="append", dest="gin_file", metavar="FILE", help="as --gin_file"
+    )
     _add_data_commands(command)
     _add_model_commands(command)
     _add_study_commands(command)
@@ -265,6 +274,16 @@ def _add_study_commands(command: Any) -> None:
     sub.add_argument(
         "--dry_run", action="store_true", help="say what would be done and what it costs"
     )
+
+    sub = command("pilot", "From a checkpoint and a task to a decision: prune, fine-tune, judge.")
+    sub.add_argument("--checkpoint", required=True, help="what to prune")
+    sub.add_argument("--task", help="a registered task, or a name for DATA_DIR/train.jsonl")
+    sub.add_argument("--data_dir", help="where the files of the task lie")
+    sub.add_argument("--cache_dir", help="token caches, <task>/<split>")
+    sub.add_argument("--target_experts", type=_count_list, required=True, help="as 4,8,16")
+    sub.add_argument("--gate", help="limits to keep, as configs/gates/default.json")
+    sub.add_argument("--seeds", type=_number_list, help="of prune and training (default 0,1,2)")
+    sub.add_argument("--out", required=True, help="directory of study, report and verdicts")
 
     sub = command("report", "Write report.html and report.json of a study.")
     sub.add_argument("directory", metavar="DIR")

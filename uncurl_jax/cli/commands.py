@@ -20,6 +20,7 @@ from uncurl_jax.errors import InputError
 # Modules that --gin.X=Y may name, as `module.name.parameter`, without a gin file importing them.
 _STUDY_MODULES = ("uncurl_jax.config", "uncurl_jax.experiments.study")
 GIN_MODULES: dict[str, tuple[str, ...]] = {
+    "gin": _STUDY_MODULES,
     "cache": ("uncurl_jax.data.token_cache",),
     "train": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
     "calibrate": (
@@ -38,6 +39,7 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "report": (),
     "gate": (),
     "quickstart": (*_STUDY_MODULES, "uncurl_jax.experiments.quickstart"),
+    "pilot": (*_STUDY_MODULES, "uncurl_jax.experiments.pilot"),
     "placement": ("uncurl_jax.config",),
     "bench": ("uncurl_jax.config", "uncurl_jax.deployment.bench"),
     "aot": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
@@ -59,7 +61,10 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
 }
 
 # What a command is configured with if no --gin_file is given.
-DEFAULT_GIN_FILES = {"quickstart": "gin/runs/quickstart.gin"}
+DEFAULT_GIN_FILES = {
+    "quickstart": "gin/runs/quickstart.gin",
+    "pilot": "gin/runs/pilot.gin",
+}
 
 
 def _initialize_distributed(options: Options, *, saves_on_sigterm: bool = False) -> None:
@@ -205,6 +210,18 @@ def _register_with_seqio(name: str, data_dir: str, checkpoint: Any, vocabulary: 
         load_vocabulary(vocabulary or checkpoint.vocabulary()["spec"]),
         checkpoint.model_config().max_length,
     )
+
+
+def show_gin(options: Options) -> Any:
+    """`uncurl gin`."""
+    import gin
+
+    from uncurl_jax.cli.gin_show import resolved
+
+    del options
+    result = resolved()
+    print(gin.config_str(), file=sys.stderr)
+    return result
 
 
 def cache(options: Options) -> Any:
@@ -628,6 +645,34 @@ def quickstart(options: Options) -> Any:
     }
 
 
+def _own_or_given(path: str) -> Path:
+    """Finds a file that comes with the package from any directory."""
+    from uncurl_jax.cli.gin_config import files_root
+
+    own = files_root() / path
+    return own if own.is_file() and not Path(path).exists() else Path(path)
+
+
+def pilot(options: Options) -> Any:
+    """`uncurl pilot`."""
+    from uncurl_jax.experiments import pilot as pilot_lib
+
+    _check_writable(options["out"])
+    if "gate" in options:
+        options["gate"] = _own_or_given(options["gate"])
+    counts = options.pop("target_experts")
+    options["target_num_experts"] = (counts,) if isinstance(counts, int) else counts
+    if "task" not in options and "task" not in bound(pilot_lib.run_pilot):
+        raise InputError(
+            "A pilot needs a task, got none: give --task, or bind pilot.run_pilot.task in a gin "
+            "file."
+        )
+    result = configured(pilot_lib.run_pilot)(**options)
+    print(result["headline"], file=sys.stderr)
+    print(result["thresholds"], file=sys.stderr)
+    return result
+
+
 def placement(options: Options) -> Any:
     """`uncurl placement`."""
     from uncurl_jax.cli.gin_config import files_root
@@ -772,6 +817,7 @@ HAS_FAILED: dict[str, Callable[[Any], bool]] = {
 }
 
 COMMANDS: dict[str, Callable[[Options], Any]] = {
+    "gin": show_gin,
     "cache": cache,
     "train": train,
     "calibrate": calibrate,
@@ -787,6 +833,7 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "report": report,
     "gate": gate,
     "quickstart": quickstart,
+    "pilot": pilot,
     "placement": placement,
     "bench": bench,
     "aot": aot,

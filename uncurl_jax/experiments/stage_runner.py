@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import time
@@ -240,6 +241,10 @@ class StageRunner:
         assert training is not None
         if "tuning" in stage.inputs:
             training = self._chosen(training, self.path(stage.inputs["tuning"]))
+        if stage.kind == stages_lib.FINETUNE and self._config.finetune_epochs is not None:
+            rows = self._open(stage, "train").num_target_rows
+            steps = math.ceil(self._config.finetune_epochs * rows / training.batch_size)
+            training = dataclasses.replace(training, num_steps=steps)
         out = self.path(stage.name)
         trainer.train(
             training,

@@ -81,6 +81,8 @@ class StudyConfig:
       mixture: what `prefinetune` trains on. Tasks of the study are left out of it, by name and by
         text.
       finetune_grid: settings of fine-tuning to choose from; None takes `finetune` as it is.
+      finetune_epochs: length of fine-tuning in epochs of each task's training rows, in place of
+        finetune.num_steps; None takes the steps.
       pretraining_prunes: fractions of pretraining after which a source model is pruned with UNCURL
         on the pretraining text and goes on, to each target in equal ratios; () leaves it out. It
         takes the first of `routers`, and is compared as the method "during_pretraining".
@@ -117,6 +119,7 @@ class StudyConfig:
     prefinetune: TrainConfig | None = None
     mixture: MixtureConfig | None = None
     finetune_grid: FinetuneGrid | None = None
+    finetune_epochs: float | None = None
     pretraining_prunes: tuple[float, ...] = ()
     checkpoint: str | None = None
     has_scratch: bool = True
@@ -180,6 +183,13 @@ class StudyConfig:
             raise InputError(
                 f"finetune_grid.seed must not be one of the study's seeds {self.seeds}, got "
                 f"{self.finetune_grid.seed}: it would be judged by the scores it was chosen by."
+            )
+        if self.finetune_epochs is not None and (
+            self.finetune_epochs <= 0 or (self.finetune_grid and self.finetune_grid.num_steps)
+        ):
+            raise InputError(
+                "finetune_epochs must be positive, and not with finetune_grid.num_steps, got "
+                f"{self.finetune_epochs}: give one length."
             )
         if self.checkpoint is None:
             if self.pretrain is None or self.corpus is None:
