@@ -2,7 +2,8 @@
 
     python benchmarks/study_record.py STUDY --command "uncurl sweep ..." --note "..." --out R.json
 
-Runs nothing itself; takes the study's own records (runs.jsonl, study.json). Paths are cut to names.
+Runs nothing itself; takes the study's own records (runs.jsonl, study.json) and what its report says
+(report.json: write it first). Paths are cut to names; no text of a data set is taken along.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 
 import environment
 
-from uncurl_jax.artifacts import refuse_existing, write_json
-from uncurl_jax.experiments.report import load_study, summarize
+from uncurl_jax.artifacts import read_json, read_json_lines, refuse_existing, write_json
+from uncurl_jax.experiments.study_records import load_study
 
 _KEPT = (
     "run",
@@ -39,7 +40,16 @@ def main() -> None:
     arguments = parser.parse_args()
     out = refuse_existing(arguments.out)
     runs, study = load_study(arguments.study)
-    rows = [{k: v for k, v in row.items() if k != "plans"} for row in summarize(runs)]
+    report = read_json(arguments.study / "report.json")
+    rows = [{k: v for k, v in row.items() if k != "plans"} for row in report["rows"]]
+    parts = sorted({path.parent for path in arguments.study.glob("**/runs.jsonl")})
+    stages: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for line in read_json_lines(part / "runs.jsonl"):
+            total = stages.setdefault(line["stage"], {"number": 0, "tokens": 0, "seconds": 0.0})
+            total["number"] += 1
+            total["tokens"] += line["tokens"]
+            total["seconds"] = round(total["seconds"] + line["seconds"], 3)
     record = {
         "command": arguments.command,
         "title": study["title"],
@@ -47,6 +57,11 @@ def main() -> None:
         "device": environment.describe(())["device"],
         "versions": study["versions"],
         "settings": _without_paths(study["config"]),
+        "headline": report["headline"],
+        "findings": report["findings"],
+        "multiple_comparisons": report["multiple_comparisons"],
+        "effects": report["effects"],
+        "stages": stages,
         "rows": rows,
         "runs": [{name: run[name] for name in _KEPT if name in run} for run in runs],
     }

@@ -63,16 +63,32 @@ class Subset(NamedTuple):
     samples: Mapping[str, Sample]
 
 
+class Guess(NamedTuple):
+    """What always giving the same answer scores; who does not beat it has not learned the task.
+
+    Attributes:
+      option: index of the option that scores best so.
+      text: of the option; None if each example has its own.
+      sample: its score, and on other draws of the examples.
+    """
+
+    option: int
+    text: str | None
+    sample: Sample
+
+
 class Evidence(NamedTuple):
     """What is known of a task's runs beyond their scores.
 
     Attributes:
       samples: by run, of the task's own score.
       subsets: classes, then slices.
+      guess: None if the task's metrics cannot be resampled.
     """
 
     samples: Mapping[str, Sample]
     subsets: tuple[Subset, ...]
+    guess: Guess | None = None
 
 
 def load_task(path: Path) -> TaskExamples:
@@ -159,8 +175,21 @@ def gather_evidence(directory: Path, runs: Sequence[Mapping[str, Any]]) -> dict[
         evidence[task] = Evidence(
             _samples(examples.score, examples.examples, predictions),
             tuple(_subsets(examples, predictions)),
+            _best_guess(examples),
         )
     return evidence
+
+
+def _best_guess(task: TaskExamples) -> Guess | None:
+    """Returns the option that scores best when it is the answer to every example."""
+    count = min(len(example.options) for example in task.examples)
+    constant = {str(option): [option] * len(task.examples) for option in range(count)}
+    samples = _samples(task.score, task.examples, constant)
+    if not samples:
+        return None
+    best = max(samples, key=lambda name: (samples[name].score, -int(name)))
+    texts = {example.options[int(best)] for example in task.examples}
+    return Guess(int(best), texts.pop() if len(texts) == 1 else None, samples[best])
 
 
 def _check_scores(

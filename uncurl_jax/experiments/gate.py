@@ -26,7 +26,10 @@ INTERVAL, MEAN = "interval", "mean"
 # Losses in points, judged by the upper end of their interval or by their mean.
 DROP_RULES = ("max_drop_per_task", "max_mean_drop", "max_class_drop", "max_slice_drop")
 GAIN_RULES = ("min_memory_gain", "min_latency_gain")
-_NUMBER_RULES = ("max_drop_fraction", "min_seeds", "min_slice_examples", *GAIN_RULES)
+_NUMBER_RULES = (
+    *("max_drop_fraction", "min_seeds", "min_slice_examples", "min_over_guessing"),
+    *GAIN_RULES,
+)
 RULES = (*DROP_RULES, *_NUMBER_RULES)
 _PER_TASK = tuple(rule for rule in RULES if rule not in ("max_mean_drop", *GAIN_RULES))
 _SETTINGS = ("schema", "judged_by", "tasks")
@@ -338,6 +341,12 @@ def _others(model: _Model, gate: Gate, tasks: Sequence[str]) -> Iterator[dict[st
             value = row["fraction_tokens_left_behind"] if row else None
             reason = None if row else "the model was not run on this task"
             yield _verdict("max_drop_fraction", limit, value, reason, task=task)
+        limit = gate.limit("min_over_guessing", task)
+        if limit is not None:
+            guess = row["guessing_score"] if row else None
+            value = row["score"] - guess if row and guess is not None else None
+            reason = None if value is not None else "the report has no predictions of this model"
+            yield _verdict("min_over_guessing", limit, value, reason, task=task)
         limit, candidate = gate.limit("min_seeds", task), model.candidates.get(task)
         if limit is not None:
             seeds = candidate["drop"]["seeds"] if candidate else 0

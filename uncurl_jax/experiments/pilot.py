@@ -83,7 +83,8 @@ def run_pilot(
             f"A pilot needs a checkpoint with one number of experts in all MoE layers, got "
             f"{list(model.num_experts)} in {checkpoint}: use plan and prune."
         )
-    limits = None if gate is None else gate_lib.load_gate(gate)
+    if gate is not None:
+        gate_lib.load_gate(gate)
     found = find_task(task, data_dir)
     config = StudyConfig(
         title=f"Pilot: {task_name(found)}, {counts.copy().pop()} experts pruned to "
@@ -110,7 +111,7 @@ def run_pilot(
     sweep.run_sweep(config, out=out, data_dir=data_dir, cache_dir=cache_dir, quiet=quiet)
     report = write_report(out)
     verdicts = {}
-    if limits is not None:
+    if gate is not None:
         for name in gate_lib.candidate_names(report):
             verdict = gate_lib.judge(Path(out) / "report.json", gate, candidate=name)
             write_json(Path(out) / f"gate_{name}.json", verdict)

@@ -86,7 +86,8 @@ def summarize(
       One row per (task, kind, experts before and after, method, router), in reading order. `score`
       and the ends of `interval` are percent; the interval is over seeds, or with one seed over that
       run's examples (`interval_over`). `scores` maps each seed to its score, `runs` to its run;
-      `classes` and `slices` map a name to the percentage of its examples that is answered right.
+      `guessing_score` is what always giving the same answer scores; `classes` and `slices` map a
+      name to the percentage of its examples that is answered right.
 
     Raises:
       InputError: If two runs have the same model and seed.
@@ -132,10 +133,16 @@ def summarize(
                     np.mean([run["fraction_tokens_left_behind"] for run in members])
                 ),
                 "plans": [run["plan"] for run in members if run.get("plan")],
+                "guessing_score": _guessing_score((evidence or {}).get(task)),
                 **_subset_scores(members, (evidence or {}).get(task)),
             }
         )
     return rows
+
+
+def _guessing_score(evidence: Evidence | None) -> float | None:
+    """What always giving the same answer scores, if that is known."""
+    return None if evidence is None or evidence.guess is None else evidence.guess.sample.score
 
 
 def _subset_scores(

@@ -107,12 +107,37 @@ def sentences(finding: Mapping[str, Any]) -> list[str]:
     """Says in words what one finding of `thresholds.find_thresholds` holds."""
     if not finding["candidates"]:
         return ["No pruned model was run."]
+    unlearned = _unlearned_sentences(finding)
+    if any(finding[name]["status"] == "unlearned" for name in ("beneficial", "lossless")):
+        return [*unlearned, *_missing_sentences(finding)]
     return [
         _beneficial_sentence(finding),
         _lossless_sentence(finding),
+        *unlearned,
         *_hole_sentences(finding),
         *_holm_sentences(finding),
         *_missing_sentences(finding),
+    ]
+
+
+def _unlearned_sentences(finding: Mapping[str, Any]) -> list[str]:
+    """Says where no unpruned model beats always giving the same answer."""
+    guessing = finding.get("guessing")
+    if guessing is None:
+        return []
+    if not guessing["is_beaten"]:
+        answer = f' ("{guessing["option"]}")' if guessing["option"] else ""
+        return [
+            "No model that was not pruned is shown to be better than always giving the same answer"
+            f"{answer}, which scores {guessing['score']:.2f} %: the task was not learned, so "
+            "nothing can be said about pruning for it."
+        ]
+    tasks = guessing.get("tasks_not_beaten", [])
+    if not tasks:
+        return []
+    return [
+        f"Of the tasks in the mean {', '.join(tasks)} {'was' if len(tasks) == 1 else 'were'} not "
+        "learned; verdicts on the mean rest on the others."
     ]
 
 
@@ -238,6 +263,8 @@ def _short_verdict(finding: Mapping[str, Any]) -> str:
     if beneficial["reached"]:
         best = beneficial["reached"]
         return f"{best['factor']:.3g} times ({_step(best)})"
+    if beneficial["status"] == "unlearned" or lossless["status"] == "unlearned":
+        return "undecided, not learned"
     if beneficial["status"] == "not_reached":
         return "at none of the sizes tried"
     if lossless["reached"]:

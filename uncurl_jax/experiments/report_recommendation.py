@@ -28,8 +28,8 @@ def recommend(
 
     Returns:
       `text` in plain words, made of `lead`, `reasons` (one per task) and `not_shown`; and by task
-      under `tasks` the `decision` ("lossless", "beneficial" or "unpruned") and the `candidate`
-      (None for the unpruned model).
+      under `tasks` the `decision` ("lossless", "beneficial", "unpruned", or "none" where the task
+      was not learned) and the `candidate` (None for the unpruned model).
     """
     tasks: dict[str, Any] = {}
     sentences = []
@@ -38,6 +38,8 @@ def recommend(
         lossless, beneficial = (finding[name]["reached"] for name in ("lossless", "beneficial"))
         reached = lossless or beneficial
         decision = "lossless" if lossless else "beneficial" if beneficial else "unpruned"
+        if "unlearned" in (finding["lossless"]["status"], finding["beneficial"]["status"]):
+            decision = "none"
         tasks[finding["task"]] = {
             "decision": decision,
             "candidate": {name: reached[name] for name in _IDENTITY} if reached else None,
@@ -69,7 +71,9 @@ def _lead(findings: Sequence[Mapping[str, Any]], decided: Mapping[str, Any]) -> 
     said = []
     for (decision, name), tasks in groups.items():
         where = f"for {_listed(tasks)}" if len(tasks) < len(decided) or len(tasks) < 4 else "always"
-        if decision == "beneficial":
+        if decision == "none":
+            said.append(f"Decide nothing {where}: no model here has learned the task.")
+        elif decision == "beneficial":
             said.append(f"If memory must shrink, deploy {name} {where}; else the unpruned one.")
         else:
             said.append(f"{'Deploy' if decision == 'lossless' else 'Keep'} {name} {where}.")
@@ -149,6 +153,12 @@ def _memory(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any], source: i
 def _keep(finding: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     unpruned = [row for row in rows if row["kind"] == "unpruned"]
     best = max(unpruned, key=lambda row: row["score"], default=None)
+    if "unlearned" in {finding[name]["status"] for name in ("beneficial", "lossless")}:
+        guess = finding["guessing"]["score"]
+        return (
+            "no model that was not pruned is shown to be better than always giving the same answer "
+            f"({guess:.1f} %), so these models say nothing about pruning."
+        )
     kept = "keep the unpruned model"
     if best is not None:
         low, high = best["interval"]

@@ -150,10 +150,14 @@ def find_thresholds(
 
     Returns:
       Per task, then for the mean if there are several: `beneficial` and `lossless`, each with a
-      status ("reached", "not_reached", "too_few_seeds", "nothing_to_compare"), the candidate
-      reached, candidates of smaller factors that do not hold, and whether the verdict survives
-      Holm's correction; all `candidates` with their `gap` and `drop`; the number of `comparisons`
-      judged in the whole study.
+      status ("reached", "not_reached", "too_few_seeds", "nothing_to_compare", "unlearned"), the
+      candidate reached, candidates of smaller factors that do not hold, and whether the verdict
+      survives Holm's correction; all `candidates` with their `gap` and `drop`; the number of
+      `comparisons` judged in the whole study; under `guessing` what always giving the same answer
+      scores and whether an unpruned or from-scratch model is shown to beat it (None if that is not
+      known).
+      Where none does, the status of both verdicts is "unlearned": models that give one answer
+      whatever they read lose nothing when they are pruned.
 
     Raises:
       InputError: If margin or tolerance is negative or not finite.
@@ -176,6 +180,9 @@ def find_thresholds(
     adjusted = paired.holm([comparison.p_value or 0.0 for comparison in judged])
     for comparison, value in zip(judged, adjusted, strict=True):
         comparison.holm = value
+    guessing = {task: _guessing(task, rows, (evidence or {}).get(task)) for task in tasks}
+    if MEAN_TASK in found and MEAN_TASK not in tasks:
+        guessing[MEAN_TASK] = _mean_guessing(guessing)
     return [
         {
             "task": task,
@@ -183,11 +190,45 @@ def find_thresholds(
             "margin": margin,
             "tolerance": tolerance,
             "comparisons": len(judged),
-            **{verdict: _verdict(found[task], name, limits) for verdict, name in VERDICTS.items()},
+            "guessing": guessing[task],
+            **{
+                verdict: _verdict(found[task], name, limits, guessing[task])
+                for verdict, name in VERDICTS.items()
+            },
             "candidates": [candidate.to_dict() for candidate in found[task]],
         }
         for task in found
     ]
+
+
+def _guessing(
+    task: str, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None
+) -> dict[str, Any] | None:
+    """Says whether a model that was not pruned is shown to beat always giving the same answer."""
+    if evidence is None or evidence.guess is None:
+        return None
+    guess = evidence.guess
+    is_beaten = False
+    for row in rows:
+        samples = [evidence.samples.get(run) for run in row["runs"].values()]
+        known = [sample for sample in samples if sample is not None]
+        if row["task"] != task or row["kind"] == "pruned" or len(known) < len(samples):
+            continue
+        is_beaten |= paired.paired_difference(known, [guess.sample] * len(known)).low > 0
+    return {"option": guess.text, "score": guess.sample.score, "is_beaten": is_beaten}
+
+
+def _mean_guessing(tasks: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Of the mean over tasks: beaten if it is in one of them; names those where it is not."""
+    if any(guessing is None for guessing in tasks.values()):
+        return None
+    known = {task: guessing for task, guessing in tasks.items() if guessing is not None}
+    return {
+        "option": None,
+        "score": float(np.mean([guessing["score"] for guessing in known.values()])),
+        "is_beaten": any(guessing["is_beaten"] for guessing in known.values()),
+        "tasks_not_beaten": [task for task, g in known.items() if not g["is_beaten"]],
+    }
 
 
 def _p_value(comparison: Comparison, name: str, limit: float) -> float:
@@ -328,7 +369,10 @@ def _mean_comparison(
 
 
 def _verdict(
-    candidates: Sequence[_Candidate], name: str, limits: Mapping[str, float]
+    candidates: Sequence[_Candidate],
+    name: str,
+    limits: Mapping[str, float],
+    guessing: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Status and the candidate of the largest factor that holds, ties by the larger score."""
     compared = [c for c in candidates if c.comparisons[name].seeds]
@@ -341,6 +385,8 @@ def _verdict(
     }
     if not judged:
         return verdict
+    if guessing is not None and not guessing["is_beaten"]:
+        return verdict | {"status": "unlearned"}
     holding = [c for c in judged if _holds(c.comparisons[name], name, limits)]
     if not holding:
         return verdict | {"status": "not_reached"}
