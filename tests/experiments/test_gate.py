@@ -303,3 +303,26 @@ def test_report_takes_margin_and_tolerance_on_the_command_line(report_study, tmp
     assert main(["report", str(directory), "--tolerance", "-1"]) == 2
     assert "--tolerance must be points of at least 0, got -1.0" in capsys.readouterr().err
     assert (directory / "report.json").read_bytes() == before
+
+
+def test_a_model_must_beat_always_giving_the_same_answer(report, tmp_path):
+    def guess(score):
+        def change(content):
+            for row in content["rows"]:
+                row["guessing_score"] = score
+
+        return changed(report, tmp_path, change)
+
+    rules = write_gate(tmp_path, min_over_guessing=1.0)
+    good = gate.judge(report, rules, candidate=GOOD)
+    assert good["passed"] is True
+    rows = artifacts.read_json(report)["rows"]
+    own = [r for r in rows if r["kind"] == "pruned" and gate.candidate_name(r) == GOOD]
+    expected = [r["score"] - r["guessing_score"] for r in own]
+    assert sorted(v["value"] for v in good["verdicts"]) == pytest.approx(sorted(expected))
+    assert gate.judge(guess(own[0]["score"]), rules, candidate=GOOD)["passed"] is False
+    unknown = gate.judge(guess(None), rules, candidate=GOOD)
+    assert {v["reason"] for v in unknown["verdicts"]} == {
+        "the report has no predictions of this model"
+    }
+    assert unknown["passed"] is False
