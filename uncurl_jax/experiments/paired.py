@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from uncurl_jax.data.metrics import MEAN, AdditiveMetric, Score, check_predictions, group_ids
 from uncurl_jax.data.tasks import Example
 from uncurl_jax.errors import InputError
 
 CONFIDENCE = 0.95
+_LEVEL = 0.5 + CONFIDENCE / 2
 NUM_DRAWS = 2000
 # Bootstrap draws that are in memory at the same time hold this many counts at most (32 MiB).
 _COUNTS_AT_ONCE = 4_000_000
@@ -147,7 +148,7 @@ def _resampled_sums(table: np.ndarray, num_draws: int) -> np.ndarray:
 def _student(mean: float, variance: float, df: float) -> tuple[float, float, float]:
     """Ends of the interval and the standard error."""
     error = math.sqrt(variance)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, df)) * error if error else 0.0
+    half = float(stats.t.ppf(_LEVEL, df)) * error if error else 0.0
     return mean - half, mean + half, error
 
 
@@ -157,6 +158,25 @@ def _satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
     if not total:
         return min(df for _, df in parts)
     return total**2 / sum(variance**2 / df for variance, df in parts)
+
+
+def _cochran(parts: Sequence[tuple[float, float]]) -> float:
+    """Degrees of freedom whose quantile is the mean of the parts' own, weighted by variance.
+
+    Cochran and Cox's rule (Experimental Designs, 1950). Satterthwaite's covers 92 to 93 % where a
+    variance of 2 degrees of freedom is a large part of the sum, this one 95.
+
+    Args:
+      parts: (variance, its degrees of freedom), one variance above 0 at least.
+    """
+    total = sum(variance for variance, _ in parts)
+    ends = [float(stats.t.ppf(_LEVEL, df)) for _, df in parts]
+    wanted = sum(v * end for (v, _), end in zip(parts, ends, strict=True)) / total
+    least, most = min(df for _, df in parts), max(df for _, df in parts)
+    if wanted >= max(ends) or wanted <= min(ends):
+        return least if wanted >= max(ends) else most
+    found: Any = optimize.brentq(lambda df: stats.t.ppf(_LEVEL, df) - wanted, least, most)
+    return float(found)
 
 
 def seed_difference(differences: Sequence[float]) -> Estimate:
@@ -189,7 +209,7 @@ def paired_difference(ours: Sequence[Sample], theirs: Sequence[Sample]) -> Estim
     variance of the seeds' mean difference estimates e + i; the mean bootstrap variance of a single
     seed, e + k i. So i = (alone - together) / (k - 1), and the variance is
     (together - i) + max(var(d) / k, i): whatever few seeds happen to say, they vary at least as
-    much as the examples' answers to them do. Degrees of freedom are Satterthwaite's with k - 1 for
+    much as the examples' answers to them do. Degrees of freedom are Cochran's, of k - 1 for
     var(d) / k where it is the larger, n - 1 for the rest.
 
     Args:
@@ -239,7 +259,7 @@ def _joined(differences: np.ndarray, together: float, alone: float, example_df: 
     seed = float(differences.var(ddof=1)) / k
     example = max(0.0, together - interaction)
     if seed > interaction:
-        df = _satterthwaite([(seed, k - 1), (example, example_df)])
+        df = _cochran([(seed, k - 1), (example, example_df)])
     else:
         seed, df = interaction, float(example_df)
     low, high, error = _student(mean, seed + example, df)
