@@ -16,7 +16,7 @@ from typing import Any
 import environment
 
 from uncurl_jax.artifacts import read_json, read_json_lines, refuse_existing, write_json
-from uncurl_jax.experiments.study_records import load_study
+from uncurl_jax.experiments.evidence.study_records import load_study
 
 _KEPT = (
     "run",

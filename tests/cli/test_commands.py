@@ -185,7 +185,9 @@ def test_report_prints_a_table_and_writes_the_report(world, uncurl):
     done = uncurl("report", directory)
     assert done.result["report"] == f"{directory}/report.html"
     assert done.result["headline"]
-    assert len(done.err.splitlines()) == 2 + 2
+    table, effects, *_ = done.err.split("\n\n")
+    assert len(table.splitlines()) == 2 + 2
+    assert "Effect against equal size from scratch: there is no such model" in effects
     for method in ("uncurl", "frequency"):
         assert f"pruned, {method}" in done.err
     report = json.loads((world.root / "study" / "shard_1_of_2" / "report.json").read_text())

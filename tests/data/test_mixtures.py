@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def corpus(tmp_path) -> TokenCache:
     return TokenCache.open(tmp_path / "text" / "train")
 
 
-def build(tmp_path, tasks, corpus=None, evaluated=frozenset(), **settings):
+def build(tmp_path, tasks, corpus=None, evaluated: Collection[str] = (), **settings):
     config = MixtureConfig(tasks=("x",), **settings)
     manifest = build_mixture_cache(
         tasks,

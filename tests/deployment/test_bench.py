@@ -33,7 +33,7 @@ from uncurl_jax.deployment.bench_settings import (
     resolve_layout,
 )
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import report_bench
+from uncurl_jax.experiments.reporting import report_bench
 from uncurl_jax.models.decoder import init_params
 
 MODEL = ModelConfig(

@@ -14,7 +14,7 @@ from uncurl_jax.data.metrics import Score
 from uncurl_jax.data.tasks import Example
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments import compare
-from uncurl_jax.experiments.answers import TaskExamples
+from uncurl_jax.experiments.evidence.answers import TaskExamples
 
 # (right option, what A chooses, what B chooses, B's margin less A's)
 CASES = (

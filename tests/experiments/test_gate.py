@@ -10,7 +10,7 @@ from uncurl_jax import artifacts
 from uncurl_jax.cli import main
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments import gate
-from uncurl_jax.experiments.report import write_report
+from uncurl_jax.experiments.reporting.report import write_report
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "gates" / "default.json"
 GOOD, WORSE = "16to8-uncurl-reference", "16to2-frequency-reference"

@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from uncurl_jax.data.metrics import Score, accuracy, confidence_interval, f1a, macro_f1
 from uncurl_jax.data.tasks import Example
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import paired
+from uncurl_jax.experiments.evidence import paired
 
 ACCURACY, MACRO_F1 = Score((accuracy,), "accuracy"), Score((macro_f1,), "macro_f1")
 

@@ -30,7 +30,7 @@ MODEL = ModelConfig(
     dtype="float32",
 )
 STAGE = TrainConfig(OptimizerConfig(1e-2), num_steps=2, batch_size=8)
-STAGES = {"warmup": dataclasses.replace(STAGE, trainable="router"), "finetune": STAGE}
+WARMUP = dataclasses.replace(STAGE, trainable="router")
 
 
 def make_checkpoint(path: Path, model: ModelConfig = MODEL) -> str:
@@ -74,7 +74,8 @@ def test_layers_of_different_counts_are_refused(data, tmp_path):
             target_num_experts=(2,),
             out=tmp_path / "out",
             data_dir=data,
-            **STAGES,
+            warmup=WARMUP,
+            finetune=STAGE,
         )
     assert not (tmp_path / "out").exists()
 

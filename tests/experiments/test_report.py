@@ -10,7 +10,8 @@ from scipy import stats
 from uncurl_jax import artifacts
 from uncurl_jax.data.tasks import Example
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import answers, report, report_page
+from uncurl_jax.experiments.evidence import answers
+from uncurl_jax.experiments.reporting import report, report_page
 from uncurl_jax.pruning.grouping import GroupingOptions
 from uncurl_jax.pruning.plan import LayerPlan, PlanSource, PruningPlan
 

@@ -11,7 +11,7 @@ import pytest
 from uncurl_jax import artifacts
 from uncurl_jax.deployment import bench, bench_summary, bench_view
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import report, report_bench
+from uncurl_jax.experiments.reporting import report, report_bench
 
 
 def timing(seconds: float, tokens: int | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from uncurl_jax import artifacts
-from uncurl_jax.experiments import report
+from uncurl_jax.experiments.reporting import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FIGURES = (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from uncurl_jax import artifacts
-from uncurl_jax.experiments import (
+from uncurl_jax.experiments.reporting import (
     report_course,
     report_drawing,
     report_evidence,

@@ -9,9 +9,10 @@ from scipy import stats
 from uncurl_jax.data.metrics import Score, accuracy
 from uncurl_jax.data.tasks import Example
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import effects, paired, paper_numbers, report_page, thresholds
-from uncurl_jax.experiments.answers import Evidence, Subset
-from uncurl_jax.experiments.report import summarize
+from uncurl_jax.experiments.evidence import effects, paired, paper_numbers, thresholds
+from uncurl_jax.experiments.evidence.answers import Evidence, Subset
+from uncurl_jax.experiments.reporting import report_page
+from uncurl_jax.experiments.reporting.report import summarize
 
 
 def make_run(kind, experts, score, *, task="rte", seed=0, source=None, method="uncurl"):

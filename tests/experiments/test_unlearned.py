@@ -7,9 +7,10 @@ import pytest
 
 from uncurl_jax.data.metrics import Score, accuracy, macro_f1
 from uncurl_jax.data.tasks import Example
-from uncurl_jax.experiments import paired, report_page, report_recommendation, thresholds
-from uncurl_jax.experiments.answers import Evidence, TaskExamples, _best_guess
-from uncurl_jax.experiments.report import summarize
+from uncurl_jax.experiments.evidence import paired, thresholds
+from uncurl_jax.experiments.evidence.answers import Evidence, TaskExamples, _best_guess
+from uncurl_jax.experiments.reporting import report_page, report_recommendation
+from uncurl_jax.experiments.reporting.report import summarize
 
 SCORE = Score((accuracy,), "accuracy")
 # 120 of 200 are "no".

@@ -445,7 +445,7 @@ def _plan_weights(options: Options, *, is_needed: bool) -> Any:
 
 def inspect_plan(options: Options) -> Any:
     """`uncurl inspect-plan`."""
-    from uncurl_jax.experiments import plan_view
+    from uncurl_jax.experiments.reporting import plan_view
     from uncurl_jax.pruning.plan import PruningPlan
 
     picture = _new_output(options["picture"]) if "picture" in options else None
@@ -599,8 +599,8 @@ def sweep(options: Options) -> Any:
 
 def report(options: Options) -> Any:
     """`uncurl report`."""
-    from uncurl_jax.experiments import report as report_lib
-    from uncurl_jax.experiments.effects import format_effects
+    from uncurl_jax.experiments.evidence.effects import format_effects
+    from uncurl_jax.experiments.reporting import report as report_lib
 
     result = report_lib.write_report(**options)
     if result["rows"]:
@@ -634,7 +634,7 @@ def gate(options: Options) -> Any:
 def quickstart(options: Options) -> Any:
     """`uncurl quickstart`."""
     from uncurl_jax.experiments import quickstart as quickstart_lib
-    from uncurl_jax.experiments import report as report_lib
+    from uncurl_jax.experiments.reporting import report as report_lib
 
     _check_writable(options["out"])
     result = configured(quickstart_lib.run_quickstart)(**options)

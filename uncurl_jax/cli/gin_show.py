@@ -38,7 +38,7 @@ def resolved() -> dict[str, Any]:
         function = getattr(importlib.import_module(f"uncurl_jax.{module}"), attribute)
         if not bound(function):
             continue
-        if dataclasses.is_dataclass(function):
+        if isinstance(function, type):
             # A model of its own is shown if no stage holds it.
             if not found:
                 found[name] = _plain(gin.get_configurable(function)())

@@ -18,8 +18,8 @@ from uncurl_jax.data.metrics import Score
 from uncurl_jax.data.tasks import Example
 from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments.answers import TaskExamples, class_members, slice_members
-from uncurl_jax.experiments.paired import is_additive, mcnemar, sample_scores
+from uncurl_jax.experiments.evidence.answers import TaskExamples, class_members, slice_members
+from uncurl_jax.experiments.evidence.paired import is_additive, mcnemar, sample_scores
 
 SCHEMA = "uncurl_jax compare 1"
 MAX_REGRESSIONS = 20

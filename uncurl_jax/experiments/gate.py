@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments.answers import CLASS, SLICE
+from uncurl_jax.experiments.evidence.answers import CLASS, SLICE
+from uncurl_jax.experiments.evidence.thresholds import IDENTITY, MEAN_TASK
 from uncurl_jax.experiments.gate_bench import Timed, latency_gain
-from uncurl_jax.experiments.report import SCHEMA as REPORT_SCHEMA
-from uncurl_jax.experiments.thresholds import IDENTITY, MEAN_TASK
+from uncurl_jax.experiments.reporting.report import SCHEMA as REPORT_SCHEMA
 
 GATE_SCHEMA = "uncurl_jax gate 1"
 VERDICT_SCHEMA = "uncurl_jax gate verdict 1"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments.report_bench import SCHEMA
+from uncurl_jax.experiments.reporting.report_bench import SCHEMA
 
 
 class Timed(NamedTuple):

@@ -16,7 +16,7 @@ from uncurl_jax.data.jsonl_task import JsonlTask
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments import gate as gate_lib
 from uncurl_jax.experiments import sweep
-from uncurl_jax.experiments.report import write_report
+from uncurl_jax.experiments.reporting.report import write_report
 from uncurl_jax.experiments.study import StudyConfig, task_name
 
 PILOT_FILE = "pilot.json"

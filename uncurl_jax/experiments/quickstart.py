@@ -9,7 +9,7 @@ from typing import Any
 
 from uncurl_jax.data import synthetic
 from uncurl_jax.experiments import sweep
-from uncurl_jax.experiments.report import write_report
+from uncurl_jax.experiments.reporting.report import write_report
 from uncurl_jax.experiments.study import StudyConfig
 
 

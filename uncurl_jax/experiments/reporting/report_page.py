@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uncurl_jax.experiments.report_drawing import Figure
-from uncurl_jax.experiments.report_html import (
+from uncurl_jax.experiments.evidence.thresholds import MEAN_TASK, MIN_SEEDS, MIN_TASKS
+from uncurl_jax.experiments.reporting.report_drawing import Figure
+from uncurl_jax.experiments.reporting.report_html import (
     document,
     escape,
     nested_html,
     sections_html,
     table_html,
 )
-from uncurl_jax.experiments.thresholds import MEAN_TASK, MIN_SEEDS, MIN_TASKS
 
 COLUMNS = (
     "task",

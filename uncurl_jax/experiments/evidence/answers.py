@@ -19,7 +19,7 @@ from uncurl_jax.data import metrics
 from uncurl_jax.data.metrics import Score
 from uncurl_jax.data.tasks import Example
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments.paired import Sample, is_additive, sample_scores
+from uncurl_jax.experiments.evidence.paired import Sample, is_additive, sample_scores
 
 CLASS, SLICE = "class", "slice"
 # Options that are texts of their own (COPA, ReCoRD) are not classes.

@@ -9,7 +9,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from uncurl_jax.experiments.report_drawing import PIXELS_PER_INCH, Figure, swatch
+from uncurl_jax.experiments.reporting.report_drawing import PIXELS_PER_INCH, Figure, swatch
 
 # Up to this width a panel fits a page of 390 pixels and its area needs no scrolling.
 _NARROW_PIXELS = round(3.45 * PIXELS_PER_INCH)

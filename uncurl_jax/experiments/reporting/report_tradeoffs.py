@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from uncurl_jax.experiments.report_drawing import (
+from uncurl_jax.experiments.reporting.report_drawing import (
     INK,
     LINE,
     PANEL_INCHES,
@@ -21,8 +21,8 @@ from uncurl_jax.experiments.report_drawing import (
     pad_limits,
     render_panel,
 )
-from uncurl_jax.experiments.report_page import format_bytes
-from uncurl_jax.experiments.report_scores import (
+from uncurl_jax.experiments.reporting.report_page import format_bytes
+from uncurl_jax.experiments.reporting.report_scores import (
     MEAN,
     Row,
     Style,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import paired
-from uncurl_jax.experiments.answers import Evidence
-from uncurl_jax.experiments.paired import Estimate, Sample
+from uncurl_jax.experiments.evidence import paired
+from uncurl_jax.experiments.evidence.answers import Evidence
+from uncurl_jax.experiments.evidence.paired import Estimate, Sample
 
 # Fewer paired seeds than this say nothing about the next seed, whatever their interval.
 MIN_SEEDS = 3

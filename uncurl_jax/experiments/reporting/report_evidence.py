@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import report_figures
-from uncurl_jax.experiments.report_bench import Bench, where
-from uncurl_jax.experiments.report_course import CURVES, Curve, StageCost, sum_costs
-from uncurl_jax.experiments.report_drawing import Figure
-from uncurl_jax.experiments.report_plans import SECTION as PLANS
-from uncurl_jax.experiments.report_recommendation import recommend
-from uncurl_jax.experiments.report_scores import DROPPED
-from uncurl_jax.experiments.report_tradeoffs import SECTION as TRADEOFFS
-from uncurl_jax.experiments.report_tradeoffs import Cost
+from uncurl_jax.experiments.reporting import report_figures
+from uncurl_jax.experiments.reporting.report_bench import Bench, where
+from uncurl_jax.experiments.reporting.report_course import CURVES, Curve, StageCost, sum_costs
+from uncurl_jax.experiments.reporting.report_drawing import Figure
+from uncurl_jax.experiments.reporting.report_plans import SECTION as PLANS
+from uncurl_jax.experiments.reporting.report_recommendation import recommend
+from uncurl_jax.experiments.reporting.report_scores import DROPPED
+from uncurl_jax.experiments.reporting.report_tradeoffs import SECTION as TRADEOFFS
+from uncurl_jax.experiments.reporting.report_tradeoffs import Cost
 from uncurl_jax.pruning.plan_file import PruningPlan
 from uncurl_jax.pruning.statistics import RouterStatistics
 

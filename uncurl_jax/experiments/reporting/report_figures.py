@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from uncurl_jax.experiments import report_course, report_plans, report_scores, report_tradeoffs
-from uncurl_jax.experiments.report_drawing import Figure, drawing_style
+from uncurl_jax.experiments.reporting import (
+    report_course,
+    report_plans,
+    report_scores,
+    report_tradeoffs,
+)
+from uncurl_jax.experiments.reporting.report_drawing import Figure, drawing_style
 from uncurl_jax.pruning.plan_file import PruningPlan
 
 if TYPE_CHECKING:
-    from uncurl_jax.experiments.report_evidence import Evidence
+    from uncurl_jax.experiments.reporting.report_evidence import Evidence
 
 
 def draw_figures(

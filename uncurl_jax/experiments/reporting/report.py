@@ -18,10 +18,11 @@ from scipy import stats
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments import effects, report_bench, report_evidence, report_page, thresholds
-from uncurl_jax.experiments.answers import CLASS, Evidence, gather_evidence
-from uncurl_jax.experiments.study_records import KINDS, load_runs, load_study, study_parts
-from uncurl_jax.experiments.thresholds import IDENTITY, TOLERANCE, find_thresholds
+from uncurl_jax.experiments.evidence import effects, thresholds
+from uncurl_jax.experiments.evidence.answers import CLASS, Evidence, gather_evidence
+from uncurl_jax.experiments.evidence.study_records import KINDS, load_runs, load_study, study_parts
+from uncurl_jax.experiments.evidence.thresholds import IDENTITY, TOLERANCE, find_thresholds
+from uncurl_jax.experiments.reporting import report_bench, report_evidence, report_page
 from uncurl_jax.pruning.plan import PruningPlan
 
 __all__ = [

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
-from uncurl_jax.experiments.report_drawing import (
+from uncurl_jax.experiments.reporting.report_drawing import (
     COLOURS,
     INK,
     LINE,

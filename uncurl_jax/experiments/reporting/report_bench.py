@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from uncurl_jax import artifacts
 from uncurl_jax.errors import InputError
-from uncurl_jax.experiments.report_drawing import inline_svg
-from uncurl_jax.experiments.report_html import table_html
+from uncurl_jax.experiments.reporting.report_drawing import inline_svg
+from uncurl_jax.experiments.reporting.report_html import table_html
 
 SCHEMA = "uncurl_jax.bench/1"
 _FAMILY = SCHEMA.partition("/")[0]

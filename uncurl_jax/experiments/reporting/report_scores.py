@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from uncurl_jax.experiments.paired import knee
-from uncurl_jax.experiments.report_drawing import (
+from uncurl_jax.experiments.evidence.paired import knee
+from uncurl_jax.experiments.reporting.report_drawing import (
     COLOURS,
     INK,
     MARKERS,
@@ -27,7 +27,7 @@ from uncurl_jax.experiments.report_drawing import (
     pad_limits,
     render_panel,
 )
-from uncurl_jax.experiments.report_page import format_bytes, format_count
+from uncurl_jax.experiments.reporting.report_page import format_bytes, format_count
 
 Row = Mapping[str, Any]
 MEAN = "mean"

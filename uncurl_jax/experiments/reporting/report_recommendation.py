@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uncurl_jax.experiments.report_page import format_bytes
-from uncurl_jax.experiments.report_scores import MEAN
+from uncurl_jax.experiments.reporting.report_page import format_bytes
+from uncurl_jax.experiments.reporting.report_scores import MEAN
 
 _IDENTITY = ("source_num_experts", "num_experts", "method", "router")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uncurl_jax.experiments.paper_numbers import paper_effects
-from uncurl_jax.experiments.thresholds import DROP, GAP, IDENTITY
+from uncurl_jax.experiments.evidence.paper_numbers import paper_effects
+from uncurl_jax.experiments.evidence.thresholds import DROP, GAP, IDENTITY
 
 AGAINST = {"scratch": "equal size from scratch", "unpruned": "unpruned"}
 _SIGNS = {"+": "(+)", "-": "(−)", "0": "(0)", None: "(?)"}

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from uncurl_jax.artifacts import atomic_file
-from uncurl_jax.experiments import report_figures, report_page
+from uncurl_jax.experiments.reporting import report_figures, report_page
 from uncurl_jax.pruning.layer_plan import LayerPlan
 from uncurl_jax.pruning.plan import PruningPlan
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from uncurl_jax.experiments.report_drawing import (
+from uncurl_jax.experiments.reporting.report_drawing import (
     COLOURS,
     PANEL_INCHES,
     PIXELS_PER_INCH,
@@ -17,7 +17,7 @@ from uncurl_jax.experiments.report_drawing import (
     new_canvas,
     render_panel,
 )
-from uncurl_jax.experiments.report_page import format_count
+from uncurl_jax.experiments.reporting.report_page import format_count
 
 CURVES, COSTS = "Training", "What the study cost"
 # More lines or points than these are thinned out, so that a page of a large study stays small.

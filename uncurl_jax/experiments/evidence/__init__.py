@@ -1,0 +1,1 @@
+"""What the runs of a study show: answers, paired intervals, thresholds, effects."""

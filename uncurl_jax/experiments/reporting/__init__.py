@@ -1,0 +1,1 @@
+"""Reports: JSON for programs, a page with pictures for people."""
