@@ -155,12 +155,18 @@ def test_inspect_prints_a_table_for_people_and_json_for_programs(world):
     assert [line.split()[:2] for line in layers] == [["0", "2"], ["1", "3"]]
 
 
+def models_of(path):
+    """Records of evaluated models."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record in records if record["stage"] == "evaluate"]
+
+
 def test_sweep_shards_divide_the_models_among_directories_of_their_own(world):
     runs = []
     for index, count in ((0, 1), (1, 2)):
         assert world.done[f"sweep {index}"].result["runs"] == count
         path = world.root / "study" / f"shard_{index}_of_2" / "runs.jsonl"
-        runs += [json.loads(line)["run"] for line in path.read_text().splitlines()]
+        runs += [record["run"] for record in models_of(path)]
     assert runs == [
         "4-unpruned-synthetic_topic-seed0",
         "4to2-uncurl-reference-synthetic_topic-seed0",
@@ -170,10 +176,9 @@ def test_sweep_shards_divide_the_models_among_directories_of_their_own(world):
 
 def test_sweep_keeps_or_removes_checkpoints_as_the_study_says(world):
     study = world.root / "study"
-    (kept,) = (study / "shard_0_of_2" / "runs.jsonl").read_text().splitlines()
-    assert layout.resolve(study / "shard_0_of_2" / json.loads(kept)["checkpoint"]).step == 2
-    for line in (study / "shard_1_of_2" / "runs.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    (kept,) = models_of(study / "shard_0_of_2" / "runs.jsonl")
+    assert layout.resolve(study / "shard_0_of_2" / kept["checkpoint"]).step == 2
+    for record in models_of(study / "shard_1_of_2" / "runs.jsonl"):
         assert record["checkpoint"] is None
         left = {path.name for path in (study / "shard_1_of_2" / "runs" / record["run"]).iterdir()}
         assert left == {"metrics.json", "metrics.predictions.jsonl", "pruning_plan.json"}

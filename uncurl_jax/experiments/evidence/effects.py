@@ -7,7 +7,7 @@ and against the unpruned one. It is (+) or (-) only where its 95 % interval excl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from uncurl_jax.experiments.evidence.paper_numbers import paper_effects
 from uncurl_jax.experiments.evidence.thresholds import DROP, GAP, IDENTITY
@@ -67,34 +67,63 @@ def _cell(comparison: Mapping[str, Any], turn: int) -> dict[str, Any] | None:
     }
 
 
-def format_effects(effects: Mapping[str, Any]) -> str:
-    """Formats the effects for a terminal: a table against each, and the paper's below it.
+class EffectTable(NamedTuple):
+    """A table for people.
+
+    Attributes:
+      title: what it shows.
+      head: names of the columns.
+      lines: rows of cells; none if there is nothing to compare with, which the title says.
+      note: sentence below it.
+    """
+
+    title: str
+    head: list[str]
+    lines: list[list[str]]
+    note: str = ""
+
+
+def effect_tables(effects: Mapping[str, Any]) -> list[EffectTable]:
+    """Returns the tables of a report: against each other model, then the paper's.
 
     Args:
       effects: as `effect_table` returns them.
     """
-    parts = []
+    tables = []
     for against, name in AGAINST.items():
         head = ["experts", "method", "router", *effects["tasks"]]
         lines = [[*_names(row), *_cells(row, against, effects["tasks"])] for row in effects["rows"]]
         if not any(cell != _NONE for line in lines for cell in line[3:]):
-            parts.append(f"Effect against {name}: there is no such model to compare with.")
+            title = f"Effect against {name}: there is no such model to compare with."
+            tables.append(EffectTable(title, head, []))
             continue
-        parts.append(
+        title = (
             f"Effect against {name}, points [95 % interval]; (+) or (−) where it excludes 0, (?) "
-            f"one seed\n{_table([head, *lines])}"
+            "one seed"
         )
+        tables.append(EffectTable(title, head, lines))
     paper = effects["paper"]
     columns = [*paper["tasks"], "mean"]
     lines = [
         [*_names(row), *(_points(row["scratch"][column]) for column in columns)]
         for row in paper["rows"]
     ]
-    parts.append(
-        f"{paper['note']} Effect against {AGAINST['scratch']}, points\n"
-        f"{_table([['experts', 'method', 'router', *columns], *lines])}\n{paper['source']}"
-    )
-    return "\n\n".join(parts)
+    title = f"{paper['note']} Effect against {AGAINST['scratch']}, points"
+    head = ["experts", "method", "router", *columns]
+    return [*tables, EffectTable(title, head, lines, paper["source"])]
+
+
+def format_effects(effects: Mapping[str, Any]) -> str:
+    """Formats the effects for a terminal: a table against each, and the paper's below it.
+
+    Args:
+      effects: as `effect_table` returns them.
+    """
+    texts = []
+    for table in effect_tables(effects):
+        text = _table([table.head, *table.lines]) if table.lines else ""
+        texts.append("\n".join(part for part in (table.title, text, table.note) if part))
+    return "\n\n".join(texts)
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:

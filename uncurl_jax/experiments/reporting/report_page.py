@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uncurl_jax.experiments.evidence.effects import effect_tables
 from uncurl_jax.experiments.evidence.thresholds import MEAN_TASK, MIN_SEEDS, MIN_TASKS
 from uncurl_jax.experiments.reporting.report_drawing import Figure
 from uncurl_jax.experiments.reporting.report_html import (
@@ -368,6 +369,7 @@ def render(
 <h2>Models</h2>
 {_models_table(report["rows"])}
 <p class="note">{_plural(report["num_runs"], "run")}. * interval over the examples of one run.</p>
+{_effects_html(report["effects"])}
 {sections_html(figures[len(first) :], notes or {})}
 {f"<h2>Warnings in the plans shown</h2><ul>{warnings}</ul>" if warnings else ""}
 {benches}
@@ -375,6 +377,25 @@ def render(
 <ul>{reading}</ul>
 {_provenance(report["study"])}"""
     return document(report["title"], body)
+
+
+def _effects_html(effects: Mapping[str, Any]) -> str:
+    """Pruned minus other models, and the paper's own effects beside them."""
+    parts = ["<h2>Effects of pruning</h2>"]
+    for table in effect_tables(effects):
+        parts.append(f"<p>{escape(table.title)}</p>")
+        if table.lines:
+            parts.append(
+                table_html(
+                    table.head,
+                    {"": table.lines},
+                    text_columns=("experts", "method", "router"),
+                    label=table.title,
+                )
+            )
+        if table.note:
+            parts.append(f'<p class="note">{escape(table.note)}</p>')
+    return "\n".join(parts)
 
 
 def _advice_html(advice: Mapping[str, Any]) -> str:

@@ -131,6 +131,9 @@ def _comparison(comparison: Mapping[str, Any]) -> str:
     """Writes a loss with its interval; "" if it is not known."""
     if not comparison.get("seeds"):
         return ""
+    if not comparison["interval"]:
+        seeds = "1 seed" if comparison["seeds"] == 1 else f"{comparison['seeds']} seeds"
+        return f"{_points(comparison['mean'])} points ({seeds}, interval unknown)"
     low, high = (_points(end) for end in comparison["interval"])
     return f"{_points(comparison['mean'])} points ({low} to {high}, {comparison['seeds']} seeds)"
 

@@ -188,8 +188,8 @@ def _points(
         known = drop.get("seeds") and count in cost.values
         if candidate["source_num_experts"] == source and known:
             series = (candidate["method"], candidate["router"])
-            low, high = drop["interval"]
-            interval = (low, high) if _are_finite(low, high) else None
+            ends = drop["interval"] or ()
+            interval = (ends[0], ends[1]) if ends and _are_finite(*ends) else None
             points.append(
                 Point(
                     *(", ".join(series), "pruned", series, count),
