@@ -133,21 +133,25 @@ def test_a_killed_sweep_resumes_and_repeats_nothing(world, tmp_path, kill_when, 
     runs = tmp_path / "study" / "runs.jsonl"
     pretrained = tmp_path / "study" / "pretrained" / "4_experts" / "train_summary.json"
 
-    kill_when(tmp_path, lambda: runs.exists() and runs.stat().st_size > 0, *arguments)
+    is_model = b'"stage": "evaluate"'
+    kill_when(tmp_path, lambda: runs.exists() and is_model in runs.read_bytes(), *arguments)
     before = runs.read_bytes()
-    assert before.count(b"\n") == 1
+    assert before.count(is_model) == 1
     pretrained_at = pretrained.stat().st_mtime_ns
     resumed, again = run_all(tmp_path, [arguments, arguments])
     assert resumed.result["runs"] == again.result["runs"] == 3
     after = runs.read_bytes()
     assert after.startswith(before)
-    records = [json.loads(line) for line in after.splitlines()]
-    assert len({record["run"] for record in records}) == len(records) == 3
+    stages = [json.loads(line) for line in after.splitlines()]
+    assert len({stage["name"] for stage in stages}) == len(stages)
+    records = [stage for stage in stages if stage["stage"] == "evaluate"]
+    assert len(records) == 3
     assert pretrained.stat().st_mtime_ns == pretrained_at
     assert uncurl("report", "study").status == 0
     # The same numbers as in a study that nobody interrupted.
     parts = sorted((world.root / "study").glob("shard_*/runs.jsonl"))
-    expected = [json.loads(line) for path in parts for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for path in parts for line in path.read_text().splitlines()]
+    expected = [line for line in lines if line["stage"] == "evaluate"]
     for record, other in zip(records, expected, strict=True):
         for name in ("run", "score", "interval", "metrics", "parameters", "num_experts_per_layer"):
             assert record[name] == other[name]

@@ -146,7 +146,7 @@ def format_cell(cell: Mapping[str, Any] | None) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{value + 0.0:+.2f}".replace("-", "−")
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
