@@ -347,6 +347,15 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig | None = None
 
     def __post_init__(self):
+        if self.trainable not in ("all", "router"):
+            raise InputError(f'trainable must be "all" or "router", got {self.trainable!r}.')
+        for name in ("num_steps", "batch_size", "accumulation_steps", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("length", "save_every_steps", "max_to_keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, or None, got {value}.")
         if not 0 <= self.begin_step < self.num_steps:
             raise InputError(
                 "begin_step must be at least 0 and below num_steps, got "
@@ -357,15 +366,6 @@ class TrainConfig:
                 "schedule_steps must be at least num_steps, or None, got "
                 f"{self.schedule_steps} and {self.num_steps}."
             )
-        if self.trainable not in ("all", "router"):
-            raise InputError(f'trainable must be "all" or "router", got {self.trainable!r}.')
-        for name in ("num_steps", "batch_size", "accumulation_steps", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("length", "save_every_steps", "max_to_keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, or None, got {value}.")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
                 "accumulation_steps must divide batch_size, got "

@@ -106,7 +106,7 @@ def test_a_diagnosed_plan_is_shown_as_table_page_and_json(made):
         assert layer["mean_norm_ratio"] > 0
     assert "silhouette" in done["inspect"].err and "plan: " in done["inspect"].err
     page = (directory / "fit.html").read_text()
-    assert page.count("<svg") == 2 and result["verdict"] in page
+    assert page.count("<svg") == 3 and result["verdict"] in page
 
 
 def test_a_pruned_checkpoint_is_verified(made):

@@ -72,7 +72,8 @@ def _lead(findings: Sequence[Mapping[str, Any]], decided: Mapping[str, Any]) -> 
     for (decision, name), tasks in groups.items():
         where = f"for {_listed(tasks)}" if len(tasks) < len(decided) or len(tasks) < 4 else "always"
         if decision == "none":
-            said.append(f"Decide nothing {where}: no model here has learned the task.")
+            place = "on this evidence" if where == "always" else where
+            said.append(f"Decide nothing {place}: no model here has learned the task.")
         elif decision == "beneficial":
             said.append(f"If memory must shrink, deploy {name} {where}; else the unpruned one.")
         else:

@@ -224,7 +224,7 @@ def _draw_score_panel(
     axes.set_xticks(factors, [f"{factor:.3g}×\n{source / factor:.0f}" for factor in factors])
     axes.minorticks_off()
     axes.grid(axis="y")
-    axes.set_xlabel(f"pruning factor Z/D, and experts per layer (Z = {source})")
+    axes.set_xlabel(f"Z/D, and experts per layer (Z = {source})")
     axes.set_ylabel("score (%)")
     _draw_thresholds(axes, source, finding)
     return _draw_knee(axes, source, unpruned, pruned, styles)
