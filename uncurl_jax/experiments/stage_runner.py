@@ -41,14 +41,7 @@ from uncurl_jax.evaluation.calibration import calibrate_checkpoint
 from uncurl_jax.evaluation.evaluator import evaluate_checkpoint, validation_score
 from uncurl_jax.experiments import stages as stages_lib
 from uncurl_jax.experiments.stages import GIVEN, Stage, StageGraph
-from uncurl_jax.experiments.study import (
-    DURING_PRETRAINING,
-    PRUNED,
-    UNPRUNED,
-    StudyConfig,
-    WorkItem,
-    task_name,
-)
+from uncurl_jax.experiments.study import UNPRUNED, StudyConfig, WorkItem, task_name
 from uncurl_jax.pruning.methods import COMPOSITE, get_method
 from uncurl_jax.pruning.plan import PruningPlan, make_plan
 from uncurl_jax.pruning.router_inputs import RouterInputs
@@ -405,11 +398,6 @@ def single_methods(config: StudyConfig) -> list[str]:
     names = [name for name in config.methods if name != COMPOSITE]
     names += ["uncurl"] if config.pretraining_prunes else []
     return list(dict.fromkeys([*names, *(config.layer_methods or ())]))
-
-
-def is_pruned_on_task(item: WorkItem) -> bool:
-    """Whether a model was pruned for its task, and not during pretraining or not at all."""
-    return item.kind == PRUNED and item.method != DURING_PRETRAINING
 
 
 def settings_of(config: StudyConfig) -> dict[str, Any]:
