@@ -122,6 +122,22 @@ def test_without_patience_the_last_step_is_scored_too(stopping, cache_path, tmp_
     assert result.checkpoint.name == "checkpoint_5"
 
 
+def test_a_model_that_diverged_is_not_scored(stopping, cache_path, tmp_path):
+    """The sentence is the trainer's own, and no checkpoint is called the best."""
+    optimizer = dataclasses.replace(
+        stopping.optimizer, peak_learning_rate=1e38, warmup_steps=0, clip_norm=None
+    )
+    with pytest.raises(RuntimeError, match=r"must stay finite, got .* lower OptimizerConfig"):
+        train(
+            dataclasses.replace(stopping, optimizer=optimizer),
+            cache=cache_path,
+            out=tmp_path / "a",
+            validation=scripted({1: 1.0}),
+            quiet=True,
+        )
+    assert layout.finished_steps(tmp_path / "a" / "best") == [1]
+
+
 @pytest.mark.parametrize("has_config", [True, False])
 def test_settings_and_rows_belong_together(has_config, stopping, cache_path, tmp_path):
     settings = stopping if has_config else dataclasses.replace(stopping, early_stopping=None)

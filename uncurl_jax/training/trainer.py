@@ -54,6 +54,8 @@ _RUN_FILE = "train_config.json"
 _SUMMARY_FILE = "train_summary.json"
 _METRICS_FILE = "metrics.jsonl"
 _BEST = "best"
+# Metrics without which a run does not go on.
+_FINITE = ("loss", "gradient_norm")
 # Settings of TrainConfig that say where a run is computed, not what.
 _TOPOLOGY = frozenset({"expert_partitions", "model_partitions", "expert_axes"})
 
@@ -447,7 +449,8 @@ def _loop(
             is_scored = stopping is not None and stopping.is_due(step, config.num_steps)
             is_due = is_saved or is_scored or step % config.log_every_steps == 0
             scores = {}
-            if stopping is not None and is_scored:
+            # A model that is not finite is not scored: the log says so, with the remedy.
+            if stopping is not None and is_scored and _is_finite(metrics):
                 scores[early_stopping.SCORE] = stopping.score(step, _model_of(run, state, step))
                 is_saved = is_saved or stopping.is_over
             log.add(step, metrics, scores, is_due=is_due)
@@ -462,6 +465,10 @@ def _loop(
     if step < end:
         raise preemption.Preempted(run.out, step)
     return TrainResult(run.out, end, log.last, log.seconds, log.tokens)
+
+
+def _is_finite(metrics: dict[str, jax.Array]) -> bool:
+    return all(math.isfinite(float(metrics[name])) for name in _FINITE)
 
 
 def _model_of(run: _Run, state: train_step.TrainState, step: int) -> LoadedModel:
@@ -534,7 +541,7 @@ class _MetricsLog:
         now = time.perf_counter()
         rate = tokens / max(now - self._mark, 1e-9)
         self._mark = now
-        for name in ("loss", "gradient_norm"):
+        for name in _FINITE:
             if not math.isfinite(values[name]):
                 raise RuntimeError(
                     f"The {name} must stay finite, got {values[name]} at step {step} of "
