@@ -21,7 +21,7 @@ import jax
 from uncurl_jax import artifacts
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.deployment import bench_machine, bench_programs, bench_view
-from uncurl_jax.deployment.bench_cells import Subject
+from uncurl_jax.deployment.bench_build import Subject
 from uncurl_jax.deployment.bench_cells import measure as measure_cells
 from uncurl_jax.deployment.bench_settings import (
     MEASURES,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.deployment import bench_programs, collectives
-from uncurl_jax.deployment.bench_decoding import decode_program, padded_rows, prefill_program
-from uncurl_jax.deployment.bench_programs import Forward, LayerKind, Reference
-from uncurl_jax.deployment.bench_settings import BenchModel, BenchSettings, Layout
-from uncurl_jax.deployment.timing import Alternative, Timing, time_alternatives
+from uncurl_jax.deployment.bench_build import Built, Subject, build
+from uncurl_jax.deployment.bench_decoding import padded_rows
+from uncurl_jax.deployment.bench_programs import LayerKind, Reference
+from uncurl_jax.deployment.bench_settings import Layout
+from uncurl_jax.deployment.timing import Timing, time_alternatives
 
 # Largest relative error (L2, over the vocabulary) of a token's logits on several devices against
 # one, and the share of tokens that must keep it. In bfloat16 a rounding can turn a router's choice
@@ -31,31 +31,6 @@ _TOKEN_COLLECTIVES = ("all-to-all", "all-gather", "reduce-scatter")
 
 class OutOfMemoryError(Exception):
     """The devices could not hold a program or its arrays."""
-
-
-class Subject(NamedTuple):
-    """What is measured, in several layouts: a model on a number of devices."""
-
-    model: BenchModel
-    count: int
-    settings: BenchSettings
-
-    @property
-    def batch(self) -> int:
-        """Rows of a step on all devices."""
-        return self.settings.batch_per_device * self.count
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """The rows themselves, [batch, length]."""
-        settings = self.settings
-        return bench_programs.random_tokens(
-            self.model.config, self.batch, settings.length, settings.seed
-        )
-
-    def tokens_per_shard(self, layout: Layout) -> int:
-        """Tokens of each device that shares the batch."""
-        return self.batch * self.settings.length // layout.token_shards
 
 
 def measure(
@@ -98,24 +73,13 @@ def in_memory(work: Callable[[], Any]) -> Any:
     raise OutOfMemoryError(message)
 
 
-class _Built(NamedTuple):
-    """A cell's compiled programs."""
-
-    layout: Layout
-    mesh: Mesh | None
-    kinds: list[LayerKind]
-    forward: Forward | None
-    alternatives: dict[str, Alternative]
-    num_collectives: dict[int, float]
-
-
 def _measure_together(
     subject: Subject, layouts: Sequence[Layout], reference: Reference
 ) -> list[dict[str, Any]]:
     settings, expected = subject.settings, None
     if "equality" in settings.measure and subject.count > 1:
         expected = _logits_of_one_device(subject, layouts)
-    built = [_build(subject, layout) for layout in layouts]
+    built = [build(subject, layout) for layout in layouts]
     turns = {"reference": reference.alternative}
     for place, cell in enumerate(built):
         for name, alternative in cell.alternatives.items():
@@ -163,44 +127,7 @@ def _cell_base(subject: Subject, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _build(subject: Subject, layout: Layout) -> _Built:
-    """Compiles what is to be timed for one layout."""
-    config, settings = subject.model.config, subject.settings
-    wanted, tokens = settings.measure, subject.tokens
-    mesh = layout.make_mesh(jax.devices()[: subject.count])
-    params = bench_programs.serving_params(subject.model, mesh, layout, settings.seed)
-    per_shard = subject.tokens_per_shard(layout)
-    kinds = bench_programs.layer_kinds(config, layout, per_shard)
-    alternatives = {"launch": bench_programs.launch_alone(mesh)}
-    num_collectives: dict[int, float] = {}
-    forward = None
-    if {"forward", "equality", "bytes"} & set(wanted):
-        forward = bench_programs.compile_forward(config, params, tokens, mesh, layout)
-    if forward is not None and "forward" in wanted:
-        alternatives["forward"] = Alternative(forward)
-    if "layers" in wanted:
-        for place, kind in enumerate(kinds):
-            if mesh is not None and kind.communication is not None:
-                alone = bench_programs.communication_alone(config, kind, mesh, per_shard, settings)
-                alternatives[f"communication {place}"] = alone.alternative
-                num_collectives[place] = alone.collectives
-            alternatives[f"experts {place}"] = bench_programs.experts_alone(
-                config, kind, mesh, per_shard, settings
-            )
-            alternatives[f"layer {place}"] = bench_programs.layer_alone(
-                config, kind, layout, mesh, params, subject.batch, settings
-            )
-    if "prefill" in wanted:
-        alternatives["prefill"] = prefill_program(config, params, tokens, mesh, layout)
-    if "decode" in wanted:
-        for rows in settings.decode_batches:
-            alternatives[f"decode {rows}"] = decode_program(
-                config, params, rows, mesh, layout, settings
-            )
-    return _Built(layout, mesh, kinds, forward, alternatives, num_collectives)
-
-
-def _timed(subject: Subject, built: _Built, timings: Mapping[str, Timing]) -> dict[str, Any]:
+def _timed(subject: Subject, built: Built, timings: Mapping[str, Timing]) -> dict[str, Any]:
     """The parts of a cell that hold times."""
 
     def step(name: str, tokens: int) -> dict[str, Any] | None:
@@ -229,7 +156,7 @@ def _timed(subject: Subject, built: _Built, timings: Mapping[str, Timing]) -> di
 
 def _layer_json(
     config: ModelConfig,
-    built: _Built,
+    built: Built,
     place: int,
     timings: Mapping[str, Timing],
     tokens: int,
@@ -306,7 +233,7 @@ def _logits_of_one_device(
 
 
 def _equality(
-    subject: Subject, built: _Built, expected: dict[int, np.ndarray] | str | None
+    subject: Subject, built: Built, expected: dict[int, np.ndarray] | str | None
 ) -> dict[str, Any] | None:
     if expected is None or built.forward is None:
         return None
@@ -333,7 +260,7 @@ def compare_logits(several: np.ndarray, one: np.ndarray, dtype: str) -> dict[str
     }
 
 
-def _communication(subject: Subject, built: _Built) -> dict[str, Any] | None:
+def _communication(subject: Subject, built: Built) -> dict[str, Any] | None:
     """Bytes that cross the mesh in one forward pass: by arithmetic, and in the compiled program."""
     if "bytes" not in subject.settings.measure or built.forward is None or built.mesh is None:
         return None
@@ -366,7 +293,7 @@ def _in_shard_maps(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if is_kept(line))
 
 
-def _memory(built: _Built) -> dict[str, Any] | None:
+def _memory(built: Built) -> dict[str, Any] | None:
     """Bytes of the forward program on one device, as its compiler counts them."""
     if built.forward is None:
         return None

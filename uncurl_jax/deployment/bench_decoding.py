@@ -29,7 +29,8 @@ def prefill_program(
     programs = compiled_decode(config, mesh, layout.expert_axes)
     lengths = np.full((tokens.shape[0],), tokens.shape[1], np.int32)
     inputs, lengths = place_batch((tokens, lengths), mesh)
-    return Alternative(lambda: programs.prefill(params, inputs, lengths))
+    compiled = programs.prefill.lower(params, inputs, lengths).compile()
+    return Alternative(lambda: compiled(params, inputs, lengths))
 
 
 def padded_rows(batch: int, layout: Layout) -> int:

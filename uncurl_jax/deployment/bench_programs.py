@@ -141,11 +141,22 @@ def serving_params(
     if model.checkpoint is not None:
         params = store.restore(model.checkpoint, abstract_params=abstract).params
         return jax.tree.map(jnp.asarray, params) if mesh is None else params
+    return random_params(abstract, config.init_stddev, seed)
+
+
+def random_params(abstract: Any, stddev: float, seed: int) -> Params:
+    """Returns random parameters of given shapes, dtypes and shardings, without compiling a model.
+
+    Args:
+      abstract: tree of ShapeDtypeStructs, as `abstract_params` returns it.
+      stddev: of every kernel.
+      seed: the values depend on nothing else.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     return jax.tree_util.tree_unflatten(
         structure,
         [
-            _random_parameter(path[-1].key, leaf, config.init_stddev, (seed, place))
+            _random_parameter(path[-1].key, leaf, stddev, (seed, place))
             for place, (path, leaf) in enumerate(leaves)
         ],
     )

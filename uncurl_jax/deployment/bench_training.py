@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.config import OptimizerConfig, TrainConfig
 from uncurl_jax.data.token_cache import Batch
-from uncurl_jax.deployment.bench_programs import random_tokens
+from uncurl_jax.deployment.bench_programs import random_params, random_tokens
 from uncurl_jax.deployment.bench_settings import BenchModel, BenchSettings, Layout
 from uncurl_jax.deployment.timing import Alternative
-from uncurl_jax.models.decoder import count_parameters, init_params
+from uncurl_jax.models.decoder import abstract_params, count_parameters
 from uncurl_jax.partitioning import place_batch
 from uncurl_jax.training import throughput, train_step
 
@@ -60,7 +60,9 @@ def training_step(
         expert_axes=layout.expert_axes,
     )
     if model.checkpoint is None:
-        params = init_params(config, settings.seed, mesh, layout.expert_axes)
+        # The model's own initialisation takes a minute to compile on a GPU.
+        abstract = abstract_params(config, mesh, layout.expert_axes)
+        params = random_params(abstract, config.init_stddev, settings.seed)
     else:
         params = load_model(model.checkpoint, mesh, layout.expert_axes).params
     carried = {"state": train_step.new_state(params, train_config)}

@@ -1,0 +1,141 @@
+"""Compiles what a benchmark times for one model, number of devices and layout."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from uncurl_jax.deployment import bench_programs
+from uncurl_jax.deployment.bench_decoding import decode_program, prefill_program
+from uncurl_jax.deployment.bench_programs import CommunicationAlone, Forward, LayerKind
+from uncurl_jax.deployment.bench_settings import BenchModel, BenchSettings, Layout
+from uncurl_jax.deployment.timing import Alternative
+from uncurl_jax.models.decoder import Params
+
+
+class Subject(NamedTuple):
+    """What is measured, in several layouts: a model on a number of devices."""
+
+    model: BenchModel
+    count: int
+    settings: BenchSettings
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step on all devices."""
+        return self.settings.batch_per_device * self.count
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The rows themselves, [batch, length]."""
+        settings = self.settings
+        return bench_programs.random_tokens(
+            self.model.config, self.batch, settings.length, settings.seed
+        )
+
+    def tokens_per_shard(self, layout: Layout) -> int:
+        """Tokens of each device that shares the batch."""
+        return self.batch * self.settings.length // layout.token_shards
+
+
+class Built(NamedTuple):
+    """A cell's compiled programs.
+
+    Attributes:
+      layout, mesh: where its experts are; no mesh on one device.
+      kinds: of its MoE layers.
+      forward: the forward pass, if anything needs it.
+      alternatives: what is timed.
+      num_collectives: by place in `kinds`, of what is timed as communication.
+    """
+
+    layout: Layout
+    mesh: Mesh | None
+    kinds: list[LayerKind]
+    forward: Forward | None
+    alternatives: dict[str, Alternative]
+    num_collectives: dict[int, float]
+
+
+def build(subject: Subject, layout: Layout) -> Built:
+    """Compiles what is to be timed for one layout."""
+    config, settings = subject.model.config, subject.settings
+    wanted, tokens = settings.measure, subject.tokens
+    mesh = layout.make_mesh(jax.devices()[: subject.count])
+    params = bench_programs.serving_params(subject.model, mesh, layout, settings.seed)
+    per_shard = subject.tokens_per_shard(layout)
+    kinds = bench_programs.layer_kinds(config, layout, per_shard)
+    makers: dict[str, Callable[[], Any]] = {
+        "launch": functools.partial(bench_programs.launch_alone, mesh)
+    }
+    if {"forward", "equality", "bytes"} & set(wanted):
+        makers["forward"] = functools.partial(
+            bench_programs.compile_forward, config, params, tokens, mesh, layout
+        )
+    for place, kind in enumerate(kinds if "layers" in wanted else ()):
+        makers |= _layer_makers(subject, layout, mesh, params, place, kind)
+    if "prefill" in wanted:
+        makers["prefill"] = functools.partial(prefill_program, config, params, tokens, mesh, layout)
+    if "decode" in wanted:
+        for rows in settings.decode_batches:
+            makers[f"decode {rows}"] = functools.partial(
+                decode_program, config, params, rows, mesh, layout, settings
+            )
+    made = _make_all(makers)
+    forward = made.get("forward")
+    if "forward" in wanted:
+        made["forward"] = Alternative(made["forward"])
+    else:
+        made.pop("forward", None)
+    alternatives = {
+        name: program.alternative if isinstance(program, CommunicationAlone) else program
+        for name, program in made.items()
+    }
+    num_collectives = {
+        place: made[f"communication {place}"].collectives
+        for place in range(len(kinds))
+        if f"communication {place}" in made
+    }
+    return Built(layout, mesh, kinds, forward, alternatives, num_collectives)
+
+
+def _layer_makers(
+    subject: Subject,
+    layout: Layout,
+    mesh: Mesh | None,
+    params: Params,
+    place: int,
+    kind: LayerKind,
+) -> dict[str, Callable[[], Any]]:
+    """What compiles a layer and its parts."""
+    config, settings = subject.model.config, subject.settings
+    per_shard = subject.tokens_per_shard(layout)
+    makers: dict[str, Callable[[], Any]] = {
+        f"experts {place}": functools.partial(
+            bench_programs.experts_alone, config, kind, mesh, per_shard, settings
+        ),
+        f"layer {place}": functools.partial(
+            bench_programs.layer_alone,
+            *(config, kind, layout, mesh, params, subject.batch, settings),
+        ),
+    }
+    if mesh is not None and kind.communication is not None:
+        makers[f"communication {place}"] = functools.partial(
+            bench_programs.communication_alone, config, kind, mesh, per_shard, settings
+        )
+    return makers
+
+
+def _make_all(makers: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Calls all at once: they mostly wait for the compiler, which leaves other threads running."""
+    threads = min(len(makers), len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
+        futures = {name: pool.submit(maker) for name, maker in makers.items()}
+        return {name: future.result() for name, future in futures.items()}
