@@ -36,6 +36,12 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
     return " ".join(["uncurl", *(Path(a).name if os.path.isabs(a) else a for a in given)])
 
 
+def script_line() -> str:
+    """Returns the command of a script of benchmarks/, absolute paths cut down likewise."""
+    arguments = command_line().removeprefix("uncurl")
+    return f"python benchmarks/{Path(sys.argv[0]).name}{arguments}"
+
+
 def describe_devices() -> dict[str, Any]:
     """Returns kind, number, memory, driver and links of the devices, and the host's processor."""
     devices = jax.devices()
