@@ -46,6 +46,9 @@ def test_derived_sizes_of_a_model():
     dense = dataclasses.replace(config, num_experts=(0, 0))
     assert dense.moe_layers == ()
     assert dense.with_experts(2).num_experts == (0, 0)
+    assert (config.kv_heads, config.dense_width) == (config.num_heads, config.mlp_dim)
+    other = dataclasses.replace(config, num_kv_heads=1, attention_head_dim=6, dense_mlp_dim=7)
+    assert (other.kv_heads, other.head_dim, other.dense_width) == (1, 6, 7)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,15 @@ def test_every_option_of_an_architecture_round_trips_through_json():
         has_mlp_bias=False,
         shared_mlp_dim=8,
         has_shared_gate=True,
+        dense_mlp_dim=20,
+        position_embedding="rotary",
+        rotary_base=1e6,
+        norm="rms_norm",
+        num_kv_heads=1,
+        attention_head_dim=6,
+        attention_bias="qkv",
+        qk_norm="head",
+        has_tied_embeddings=False,
         expert_map=((0, 1, 1), None),
     )
     read = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -141,6 +153,17 @@ def test_unknown_and_missing_fields_are_listed():
         ),
         ({"expert_map": ((0, 1, 2, 3, 4), None)}, r"expert_map\[0\] must name each"),
         ({"expert_map": (None, (0,))}, r"expert_map\[1\] must name each of the layer's 0 experts"),
+        ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 2"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, or None, got 0"),
+        ({"dense_mlp_dim": 0}, "dense_mlp_dim must be at least 1, or None, got 0"),
+        (
+            {"position_embedding": "rotary", "attention_head_dim": 5},
+            "heads of even width and a positive rotary_base, got 5 and 10000.0",
+        ),
+        ({"position_embedding": "alibi"}, 'must be "learned" or "rotary", got \'alibi\''),
+        ({"norm": "batch"}, 'norm must be "layer_norm" or "rms_norm"'),
+        ({"attention_bias": True}, 'attention_bias must be "all", "qkv" or "none", got True'),
+        ({"qk_norm": "each"}, 'qk_norm must be "none", "head" or "all"'),
         ({"dtype": "float16"}, 'dtype must be "bfloat16" or "float32", got \'float16\''),
     ],
 )

@@ -23,17 +23,36 @@ def scaled_steps(steps: int, scale: float = 1.0) -> int:
     return max(1, round(steps * scale))
 
 
+_MODEL_CHOICES = {
+    "activation": ("gelu", "silu", "relu"),
+    "position_embedding": ("learned", "rotary"),
+    "norm": ("layer_norm", "rms_norm"),
+    "attention_bias": ("all", "qkv", "none"),
+    "qk_norm": ("none", "head", "all"),
+    "dtype": ("bfloat16", "float32"),
+}
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        quoted = [f'"{choice}"' for choice in choices]
+        raise InputError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, got {value!r}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-2-style decoder whose feed-forward layers may be mixtures of experts.
+    """A decoder whose feed-forward layers may be mixtures of experts.
+
+    The defaults are a GPT-2-style decoder, the paper's; other values give the decoders of Mixtral,
+    OLMoE, Qwen2-MoE and Qwen3-MoE.
 
     Attributes:
       num_experts: experts per layer, 0 for a dense feed-forward layer; its length is the depth.
-      vocab_size: rows of the token embedding, which is also the output projection (tied).
+      vocab_size: rows of the token embedding.
       embed_dim: width of the residual stream.
-      num_heads: attention heads; divides embed_dim.
-      mlp_dim: hidden width of each feed-forward network and each expert.
-      max_length: learned positions, the longest sequence in tokens.
+      num_heads: attention heads; divides embed_dim unless attention_head_dim is given.
+      mlp_dim: hidden width of each expert, and of the dense feed-forward networks by default.
+      max_length: the longest sequence in tokens; with learned positions, their number.
       num_selected_experts: top-k; 1 is Switch routing (the gate is the softmax probability).
       normalize_gates: divide the selected gates by their sum; meant for top-k > 1, since a single
         gate becomes 1 and its router then learns from the load-balancing loss alone.
@@ -53,11 +72,25 @@ class ModelConfig:
         through beside its experts (a shared expert); 0 for none. Pruning leaves it as it is.
       has_shared_gate: scale the shared expert's output by a sigmoid of one more projection
         (Qwen2-MoE).
+      dense_mlp_dim: hidden width of the feed-forward networks of layers without experts; None is
+        mlp_dim.
+      position_embedding: "learned" (added to the token embedding) or "rotary" (queries and keys
+        are rotated, arXiv 2104.09864; a head's first half is paired with its second).
+      rotary_base: longest wavelength of rotary positions over 2 pi, in tokens.
+      norm: "layer_norm", or "rms_norm" (arXiv 1910.07467), which has no mean and no bias.
+      num_kv_heads: heads of keys and values, a divisor of num_heads; None is num_heads. Fewer are
+        grouped-query attention (arXiv 2305.13245).
+      attention_head_dim: width of one head; None is embed_dim / num_heads.
+      attention_bias: which projections of attention have biases: "all", "qkv" or "none".
+      qk_norm: RMSNorm of queries and keys before their rotation: "none", "head" (each head by
+        itself, Qwen3) or "all" (over all heads, OLMoE).
+      has_tied_embeddings: whether the token embedding is also the output projection; else the
+        model has one more array [vocab, embed].
       expert_map: None, or per layer None or the expert of each router column: a router wider than
         its experts, as pruning with router "remap" leaves it. Gates of one expert add up.
       init_stddev: standard deviation of every kernel's initial values (GPT-2: 0.02); those that
         write to the residual stream are scaled by 1/sqrt(2 * depth).
-      norm_epsilon: epsilon of LayerNorm.
+      norm_epsilon: epsilon of every norm.
       dtype: compute type of matrix products, "bfloat16" or "float32". Parameters, router,
         softmaxes, norms and losses are float32 always.
     """
@@ -81,6 +114,15 @@ class ModelConfig:
     has_mlp_bias: bool = True
     shared_mlp_dim: int = 0
     has_shared_gate: bool = False
+    dense_mlp_dim: int | None = None
+    position_embedding: str = "learned"
+    rotary_base: float = 10000.0
+    norm: str = "layer_norm"
+    num_kv_heads: int | None = None
+    attention_head_dim: int | None = None
+    attention_bias: str = "all"
+    qk_norm: str = "none"
+    has_tied_embeddings: bool = True
     expert_map: tuple[tuple[int, ...] | None, ...] | None = None
     init_stddev: float = 0.02
     norm_epsilon: float = 1e-5
@@ -103,11 +145,7 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.embed_dim % self.num_heads:
-            raise InputError(
-                f"num_heads must divide embed_dim, got {self.num_heads} heads and embed_dim "
-                f"{self.embed_dim}."
-            )
+        self._check_attention()
         for layer, count in enumerate(self.num_experts):
             if count < 0 or 0 < count < self.num_selected_experts:
                 raise InputError(
@@ -119,10 +157,8 @@ class ModelConfig:
             factor = getattr(self, name)
             if factor is not None and factor <= 0:
                 raise InputError(f"{name} must be positive, or None for dropless, got {factor}.")
-        if self.activation not in ("gelu", "silu", "relu"):
-            raise InputError(
-                f'activation must be "gelu", "silu" or "relu", got {self.activation!r}.'
-            )
+        for name, choices in _MODEL_CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
         if self.shared_mlp_dim < 0 or (self.has_shared_gate and not self.shared_mlp_dim):
             raise InputError(
                 "shared_mlp_dim must not be negative, and positive with has_shared_gate, got "
@@ -130,8 +166,26 @@ class ModelConfig:
             )
         if self.expert_map is not None:
             object.__setattr__(self, "expert_map", self._checked_map(self.expert_map))
-        if self.dtype not in ("bfloat16", "float32"):
-            raise InputError(f'dtype must be "bfloat16" or "float32", got {self.dtype!r}.')
+
+    def _check_attention(self) -> None:
+        for name in ("num_kv_heads", "attention_head_dim", "dense_mlp_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, or None, got {value}.")
+        if self.attention_head_dim is None and self.embed_dim % self.num_heads:
+            raise InputError(
+                f"num_heads must divide embed_dim, got {self.num_heads} heads and embed_dim "
+                f"{self.embed_dim}."
+            )
+        if self.num_heads % self.kv_heads:
+            raise InputError(
+                f"num_kv_heads must divide num_heads, got {self.kv_heads} and {self.num_heads}."
+            )
+        if self.position_embedding == "rotary" and (self.head_dim % 2 or self.rotary_base <= 0):
+            raise InputError(
+                "Rotary positions need heads of even width and a positive rotary_base, got "
+                f"{self.head_dim} and {self.rotary_base}."
+            )
 
     def _checked_map(self, expert_map: Any) -> tuple[tuple[int, ...] | None, ...]:
         result = tuple(None if row is None else tuple(map(int, row)) for row in expert_map)
@@ -161,7 +215,17 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.embed_dim // self.num_heads
+        return self.attention_head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def dense_width(self) -> int:
+        """Hidden width of the feed-forward networks of layers without experts."""
+        return self.dense_mlp_dim or self.mlp_dim
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

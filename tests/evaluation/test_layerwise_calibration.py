@@ -31,7 +31,8 @@ from uncurl_jax.pruning.statistics import (
 LENGTH = 96
 COUNTS = ("tokens", "selected", "kept", "coactivation")
 # A dense layer between MoE layers of two sizes and one after them, two of every four experts,
-# gated, with a shared expert, no biases, and so few slots that many assignments are dropped.
+# gated, with a shared expert, no biases, rotary grouped-query attention with norms, and so few
+# slots that many assignments are dropped.
 RICH = ModelConfig(
     num_experts=(4, 0, 6, 4, 0),
     vocab_size=260,
@@ -47,6 +48,13 @@ RICH = ModelConfig(
     has_mlp_bias=False,
     shared_mlp_dim=20,
     has_shared_gate=True,
+    dense_mlp_dim=28,
+    position_embedding="rotary",
+    norm="rms_norm",
+    num_kv_heads=1,
+    attention_bias="none",
+    qk_norm="head",
+    has_tied_embeddings=False,
     init_stddev=0.3,
     dtype="float32",
 )

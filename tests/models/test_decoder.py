@@ -29,6 +29,25 @@ CONFIG = ModelConfig(
     dtype="float32",
 )
 DENSE = dataclasses.replace(CONFIG, num_experts=(0, 0))
+# Shapes of other families: Mixtral, Qwen3-MoE, Qwen2-MoE and OLMoE differ in these.
+LLAMA = {
+    "position_embedding": "rotary",
+    "norm": "rms_norm",
+    "attention_bias": "none",
+    "has_mlp_bias": False,
+    "is_gated": True,
+    "activation": "silu",
+    "has_tied_embeddings": False,
+}
+FAMILIES = {
+    "gpt2": {},
+    "grouped_queries": LLAMA | {"num_kv_heads": 1},
+    "norms_per_head": LLAMA | {"qk_norm": "head", "attention_head_dim": 6, "dense_mlp_dim": 20},
+    "shared_expert": LLAMA
+    | {"attention_bias": "qkv", "shared_mlp_dim": 10, "has_shared_gate": True},
+    "norms_over_heads": LLAMA | {"qk_norm": "all", "has_tied_embeddings": True},
+}
+family = pytest.mark.parametrize("fields", FAMILIES.values(), ids=FAMILIES)
 
 GOLDEN_SHAPES = {
     "final_norm/bias": (16,),
@@ -102,6 +121,13 @@ def test_the_parameters_are_those_that_checkpoints_expect(counts: tuple[int, ...
     assert {leaf.dtype for leaf in found.values()} == {jnp.dtype("float32")}
 
 
+@family
+def test_the_parameters_of_every_family_are_those_that_checkpoints_expect(fields: dict[str, Any]):
+    config = dataclasses.replace(CONFIG, **fields)
+    found = named(decoder.abstract_params(config))
+    assert {name: leaf.shape for name, leaf in found.items()} == expected_parameters(config)
+
+
 def test_initial_values_follow_gpt_2_and_the_seed():
     config = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=64, num_experts=(4, 0))
     params = named(decoder.init_params(config, 3))
@@ -153,6 +179,65 @@ def test_a_dense_decoder_equals_a_numpy_forward_pass(random_params, reference_ge
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("qk_norm", ["none", "head", "all"])
+def test_a_rotary_decoder_equals_a_numpy_forward_pass(random_params, qk_norm: str):
+    config = dataclasses.replace(
+        DENSE, **LLAMA, num_heads=4, num_kv_heads=2, attention_head_dim=6, qk_norm=qk_norm
+    )
+    params = random_params(config)
+    inputs = make_inputs(2, 7)
+    p = {name: np.asarray(value, np.float64) for name, value in named(params).items()}
+
+    def rms(x: np.ndarray, name: str, axes: Any = -1) -> np.ndarray:
+        square = (x**2).mean(axes, keepdims=True)
+        return x / np.sqrt(square + config.norm_epsilon) * p[f"{name}/scale"]
+
+    def rotated(x: np.ndarray) -> np.ndarray:  # as complex numbers: coordinate i and i + 3
+        frequency = config.rotary_base ** (-np.arange(3) / 3)
+        turn = np.exp(1j * np.arange(7)[:, None, None] * frequency)
+        z = (x[..., :3] + 1j * x[..., 3:]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    x = p["token_embedder/embedding"][inputs]
+    for layer in ("layers_0", "layers_1"):
+        y = rms(x, f"{layer}/pre_attention_norm")
+        q, k, v = (
+            np.einsum("bld,dhk->blhk", y, p[f"{layer}/attention/{name}/kernel"])
+            for name in ("query", "key", "value")
+        )
+        if qk_norm != "none":
+            axes = -1 if qk_norm == "head" else (-2, -1)
+            q = rms(q, f"{layer}/attention/query_norm", axes)
+            k = rms(k, f"{layer}/attention/key_norm", axes)
+        q, k = rotated(q), rotated(k)
+        k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
+        scores = np.einsum("bqhk,blhk->bhql", q, k) / math.sqrt(6)
+        scores = np.where(np.tril(np.ones((7, 7), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out = np.einsum("bhql,blhk->bqhk", weights, v)
+        x = x + np.einsum("bqhk,hkd->bqd", out, p[f"{layer}/attention/out/kernel"])
+        y = rms(x, f"{layer}/pre_mlp_norm")
+        gate = y @ p[f"{layer}/mlp/wg/kernel"]
+        hidden = gate / (1 + np.exp(-gate)) * (y @ p[f"{layer}/mlp/wi/kernel"])
+        x = x + hidden @ p[f"{layer}/mlp/wo/kernel"]
+    expected = rms(x, "final_norm") @ p["output_embedder/embedding"].T
+    found = forward(config, params, inputs)
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_rotary_attention_depends_on_distances_alone(random_params):
+    config = dataclasses.replace(CONFIG, **LLAMA)
+    params = random_params(config)
+    inputs = make_inputs(2, 6)
+    positions = np.broadcast_to(np.arange(6, dtype=np.int32), inputs.shape)
+    apply = jax.jit(
+        lambda positions: Decoder(config).apply({"params": params}, inputs, None, positions)
+    )
+    np.testing.assert_allclose(apply(positions), apply(positions + 100), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(apply(positions), apply(positions * 3), rtol=1e-2, atol=1e-2)
+
+
 def test_padding_at_the_end_of_a_row_changes_nothing_before_it(random_params):
     params = random_params(CONFIG)
     inputs = make_inputs(2, 8)
@@ -162,9 +247,12 @@ def test_padding_at_the_end_of_a_row_changes_nothing_before_it(random_params):
     np.testing.assert_allclose(one[mask], other[mask], atol=TOLERANCE)
 
 
-def test_decoding_with_the_cache_equals_the_full_forward_pass(random_params):
+@family
+def test_decoding_with_the_cache_equals_the_full_forward_pass(
+    random_params, fields: dict[str, Any]
+):
     # Capacity would drop tokens in the full pass; the cached one is dropless, and so is this model.
-    config = dataclasses.replace(CONFIG, num_selected_experts=2)
+    config = dataclasses.replace(CONFIG, num_selected_experts=2, **fields)
     params = random_params(config)
     inputs = make_inputs(3, 8)
     full = forward(config, params, inputs)

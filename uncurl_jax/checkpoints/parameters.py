@@ -15,28 +15,24 @@ def is_expert_array(name: str) -> bool:
 
 def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns {name: shape} of the parameters of a model, names joined with "/" and sorted."""
-    embed, mlp = config.embed_dim, config.mlp_dim
-    heads, head_dim = config.num_heads, config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
+    embed = config.embed_dim
+    shapes = {
         "token_embedder/embedding": (config.vocab_size, embed),
-        "position_embedder/embedding": (config.max_length, embed),
-        "final_norm/scale": (embed,),
-        "final_norm/bias": (embed,),
+        **_norm_parameters(config, "final_norm"),
     }
+    if config.position_embedding == "learned":
+        shapes["position_embedder/embedding"] = (config.max_length, embed)
+    if not config.has_tied_embeddings:
+        shapes["output_embedder/embedding"] = (config.vocab_size, embed)
     for layer, experts in enumerate(config.num_experts):
-        block: dict[str, tuple[int, ...]] = {}
-        for norm in ("pre_attention_norm", "pre_mlp_norm"):
-            block |= {f"{norm}/scale": (embed,), f"{norm}/bias": (embed,)}
-        for projection in ("query", "key", "value"):
-            block[f"attention/{projection}/kernel"] = (embed, heads, head_dim)
-            block[f"attention/{projection}/bias"] = (heads, head_dim)
-        block |= {
-            "attention/out/kernel": (heads, head_dim, embed),
-            "attention/out/bias": (embed,),
+        block = {
+            **_norm_parameters(config, "pre_attention_norm"),
+            **_norm_parameters(config, "pre_mlp_norm"),
+            **_attention_parameters(config),
         }
         if experts:
             block["moe/router/kernel"] = (embed, config.router_width(layer))
-            for name, shape in _mlp_parameters(config, mlp).items():
+            for name, shape in _mlp_parameters(config, config.mlp_dim).items():
                 stored = name.replace("/kernel", "").replace("/bias", "_bias")
                 block[f"moe/experts/{stored}"] = (experts, *shape)
             if config.shared_mlp_dim:
@@ -45,9 +41,35 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             if config.has_shared_gate:
                 block["moe/shared_gate/kernel"] = (embed, 1)
         else:
-            block |= {f"mlp/{name}": shape for name, shape in _mlp_parameters(config, mlp).items()}
+            dense = _mlp_parameters(config, config.dense_width)
+            block |= {f"mlp/{name}": shape for name, shape in dense.items()}
         shapes |= {f"layers_{layer}/{name}": shape for name, shape in block.items()}
     return dict(sorted(shapes.items()))
+
+
+def _norm_parameters(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}/scale": (config.embed_dim,)}
+    if config.norm == "layer_norm":
+        shapes[f"{name}/bias"] = (config.embed_dim,)
+    return shapes
+
+
+def _attention_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    embed, head_dim = config.embed_dim, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attention/out/kernel": (config.num_heads, head_dim, embed)
+    }
+    heads = {"query": config.num_heads, "key": config.kv_heads, "value": config.kv_heads}
+    for projection, count in heads.items():
+        shapes[f"attention/{projection}/kernel"] = (embed, count, head_dim)
+        if config.attention_bias != "none":
+            shapes[f"attention/{projection}/bias"] = (count, head_dim)
+        if config.qk_norm != "none" and projection != "value":
+            normed = (head_dim,) if config.qk_norm == "head" else (count, head_dim)
+            shapes[f"attention/{projection}_norm/scale"] = normed
+    if config.attention_bias == "all":
+        shapes["attention/out/bias"] = (embed,)
+    return shapes
 
 
 def _mlp_parameters(config: ModelConfig, mlp: int) -> dict[str, tuple[int, ...]]:

@@ -276,8 +276,9 @@ def rest_cost(model: ModelConfig, mesh: MeshShape, job: Job) -> Cost:
         traffic.append(Traffic("all_reduce", ("model",), payload, times, "partial sums"))
     if backward and mesh.size_of(TOKEN_AXES) > 1:
         gradients = sum(stored[a.name] * (4 if a.is_float32 else size) for a in arrays)
-        # Lookup and output projection give the token embedding a gradient each.
-        gradients += stored["token_embedder/embedding"] * size
+        if model.has_tied_embeddings:
+            # Lookup and output projection give the token embedding a gradient each.
+            gradients += stored["token_embedder/embedding"] * size
         steps = job.accumulation_steps
         traffic.append(Traffic("all_reduce", TOKEN_AXES, gradients, steps, "gradients"))
     return Cost(
@@ -303,7 +304,7 @@ def _num_partial_sums(model: ModelConfig, mesh: MeshShape) -> int:
 
     return (
         model.num_layers * divided(model.num_heads)
-        + (model.num_layers - moe) * divided(model.mlp_dim)
+        + (model.num_layers - moe) * divided(model.dense_width)
         + moe * bool(model.shared_mlp_dim and divided(model.shared_mlp_dim))
         + divided(model.vocab_size)
     )
@@ -314,8 +315,10 @@ def _rest_flops(model: ModelConfig, mesh: MeshShape, job: Job) -> float:
     dim, tokens = model.embed_dim, job.tokens(mesh)
     matrices = 3 if model.is_gated else 2
     context = job.cache_length if job.is_decoding else job.length
-    attention = (8 * dim * dim + 4 * context * dim) / _model_share(model.num_heads, mesh)
-    mlp = 2 * matrices * dim * model.mlp_dim / _model_share(model.mlp_dim, mesh)
+    queries = model.num_heads * model.head_dim / _model_share(model.num_heads, mesh)
+    keys = model.kv_heads * model.head_dim / _model_share(model.kv_heads, mesh)
+    attention = 4 * dim * (queries + keys) + 4 * context * queries
+    mlp = 2 * matrices * dim * model.dense_width / _model_share(model.dense_width, mesh)
     shared = 0.0
     if model.shared_mlp_dim:
         shared = 2 * matrices * dim * model.shared_mlp_dim
@@ -337,7 +340,8 @@ def _cache_bytes(model: ModelConfig, mesh: MeshShape, job: Job) -> int:
     if job.is_training:
         return 0
     rows = job.batch // mesh.size_of(TOKEN_AXES)
-    per_position = 2 * model.num_layers * model.embed_dim // _model_share(model.num_heads, mesh)
+    keys = model.kv_heads * model.head_dim // _model_share(model.kv_heads, mesh)
+    per_position = 2 * model.num_layers * keys
     return rows * job.cache_length * per_position * jnp.dtype(model.dtype).itemsize
 
 
@@ -354,12 +358,14 @@ def _rest_activations(model: ModelConfig, mesh: MeshShape, job: Job) -> tuple[in
     heads = model.num_heads / _model_share(model.num_heads, mesh)
     context = job.cache_length if job.is_decoding else job.length
     scores = tokens * context * heads
-    # Residual stream and norms; query, key, value and output of attention, twice.
-    attention = tokens * size * (7 * dim + 4 * dim / _model_share(model.num_heads, mesh))
-    hidden = model.mlp_dim / _model_share(model.mlp_dim, mesh)
+    # Residual stream and norms; query, key, value and output of attention.
+    queries = heads * model.head_dim
+    keys = model.kv_heads * model.head_dim / _model_share(model.kv_heads, mesh)
+    attention = tokens * size * (7 * dim + 2 * queries + 2 * keys)
+    hidden = model.dense_width / _model_share(model.dense_width, mesh)
     matrices = 3 if model.is_gated else 2
     mlp = tokens * size * matrices * hidden
-    shared = mlp * model.shared_mlp_dim / model.mlp_dim
+    shared = mlp * model.shared_mlp_dim / model.dense_width
     logits = _num_logits(mesh, job) * model.vocab_size / _model_share(model.vocab_size, mesh)
     moe = len(model.moe_layers)
     copies = sum(

@@ -145,12 +145,12 @@ def _read_layer(job: Job, layer: int) -> dict[str, Any]:
 
 
 def _embed(job: Job, activations: Activations) -> None:
-    """Fills the residual stream with the embeddings of tokens and positions."""
-    config, start = job.config, 0
-    for name, size in (
-        ("token_embedder", config.vocab_size),
-        ("position_embedder", config.max_length),
-    ):
+    """Fills the residual stream with the embeddings of tokens and, if learned, positions."""
+    config = job.config
+    tables = {"token_embedder": config.vocab_size}
+    if config.position_embedding == "learned":
+        tables["position_embedder"] = config.max_length
+    for name, size in tables.items():
         with job.seconds.add("read"):
             table = jnp.asarray(job.reader.read(f"{layout.TARGET}/{name}/embedding"))
         embed = nn.Embed(size, config.embed_dim, dtype=jnp.dtype(config.dtype))

@@ -1,7 +1,8 @@
-"""The GPT-2-style decoder: pre-LayerNorm, GELU, learned positions, tied embeddings.
+"""The decoder: pre-norm, with experts or a dense feed-forward network in each layer.
 
-Section 2 of arXiv 2409.01483 describes the models; `num_experts` has one entry per layer, so one
-class serves dense, unpruned and pruned models alike.
+By default it is the GPT-2-style model of arXiv 2409.01483, section 2 (LayerNorm, GELU, learned
+positions, tied embeddings); `ModelConfig` says what else it can be. `num_experts` has one entry per
+layer, so one class serves dense, unpruned and pruned models alike.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the residual stream after attention, and its norm [b, l, d] float32."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        normed = layers.layer_norm(config, "pre_attention_norm")(x).astype(dtype)
+        normed = layers.norm(config, "pre_attention_norm")(x).astype(dtype)
         attention = layers.SelfAttention(config, name="attention")
         x = x + attention(normed, positions, decode=decode)
-        return x, layers.layer_norm(config, "pre_mlp_norm")(x)
+        return x, layers.norm(config, "pre_mlp_norm")(x)
 
     def feed_forward(self, x: jax.Array, normed: jax.Array) -> jax.Array:
         """Adds the dense feed-forward network of a layer without experts."""
@@ -133,14 +134,16 @@ class Decoder(nn.Module):
             embedding_init=layers.kernel_init(config, "vocab", "embed"),
             name="token_embedder",
         )
-        position_embedder = nn.Embed(
-            config.max_length,
-            config.embed_dim,
-            dtype=dtype,
-            embedding_init=layers.kernel_init(config, "unmodeled", "embed"),
-            name="position_embedder",
-        )
-        x = embedder(inputs) + position_embedder(positions)
+        x = embedder(inputs)
+        if config.position_embedding == "learned":
+            position_embedder = nn.Embed(
+                config.max_length,
+                config.embed_dim,
+                dtype=dtype,
+                embedding_init=layers.kernel_init(config, "unmodeled", "embed"),
+                name="position_embedder",
+            )
+            x = x + position_embedder(positions)
         for layer in range(config.num_layers):
             block = DecoderLayer(
                 config,
@@ -153,14 +156,20 @@ class Decoder(nn.Module):
             x = block(x, mask, positions, is_training=is_training, decode=decode)
         if logit_positions is not None:
             x = jnp.take_along_axis(x, logit_positions[..., None], axis=1)
-        x = layers.layer_norm(config, "final_norm")(x).astype(dtype)
-        embedding = jnp.asarray(embedder.embedding, dtype)
-        return _logits(x, embedding)
+        x = layers.norm(config, "final_norm")(x).astype(dtype)
+        if not config.has_tied_embeddings:
+            embedder = nn.Embed(
+                config.vocab_size,
+                config.embed_dim,
+                embedding_init=layers.kernel_init(config, "vocab", "embed"),
+                name="output_embedder",
+            )
+        return _logits(x, jnp.asarray(embedder.embedding, dtype))
 
 
 @jax.custom_vjp
 def _logits(x: jax.Array, embedding: jax.Array) -> jax.Array:
-    """Multiplies by the token embedding: x [b, l, d], embedding [v, d] -> [b, l, v] float32.
+    """Multiplies by the output embedding: x [b, l, d], embedding [v, d] -> [b, l, v] float32.
 
     The gradient is rounded to x's dtype before its two products, which would otherwise be float32
     products of the largest arrays there are.

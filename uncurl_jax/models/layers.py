@@ -1,4 +1,4 @@
-"""Attention, dense feed-forward network and norm of the GPT-2-style decoder.
+"""Attention, dense feed-forward network and norms of the decoder.
 
 Axes: b batch, l length, d embed, h heads, k head_dim, f mlp.
 """
@@ -31,8 +31,10 @@ def bias_init(*axes: str):
     return nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
 
 
-def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm over embed, computed in float32, parameters scale [d] and bias [d]."""
+def norm(config: ModelConfig, name: str) -> nn.LayerNorm | nn.RMSNorm:
+    """The norm over embed, in float32: parameters scale [d] and, for LayerNorm, bias [d]."""
+    if config.norm == "rms_norm":
+        return _rms_norm(config, name, "embed")
     return nn.LayerNorm(
         epsilon=config.norm_epsilon,
         dtype=jnp.float32,
@@ -40,6 +42,43 @@ def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
         bias_init=bias_init("embed"),
         name=name,
     )
+
+
+def _rms_norm(
+    config: ModelConfig, name: str, *axes: str, over: int | tuple[int, ...] = -1
+) -> nn.RMSNorm:
+    """RMSNorm in float32 over the axes `over`, whose logical names are `axes`."""
+    return nn.RMSNorm(
+        epsilon=config.norm_epsilon,
+        dtype=jnp.float32,
+        reduction_axes=over,
+        feature_axes=over,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), axes),
+        name=name,
+    )
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864).
+
+    Element i of a head's first half and of its second half are the two coordinates that are
+    rotated by position * base^(-2i/k), the order of GPT-NeoX and Llama.
+
+    Args:
+      x: [b, l, h, k], k even.
+      positions: [b, l] int32.
+      base: of the wavelengths.
+
+    Returns:
+      [b, l, h, k] in x's dtype; angles and products are float32.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -56,8 +95,8 @@ class SelfAttention(nn.Module):
 
         Args:
           x: [b, l, d] compute dtype.
-          positions: [b, l] int32, used with the cache only: where keys are written, and how far
-            each query may look.
+          positions: [b, l] int32: of rotary embeddings; with the cache, where keys are written,
+            and how far each query may look.
           decode: read and write the cache of `max_length` positions. Keys at positions beyond a
             row's own are never read before they are overwritten, so rows may differ in length.
 
@@ -66,16 +105,23 @@ class SelfAttention(nn.Module):
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
 
-        def projection(name: str) -> jax.Array:
+        def projection(name: str, heads: int) -> jax.Array:
             return nn.DenseGeneral(
-                (config.num_heads, config.head_dim),
+                (heads, config.head_dim),
+                use_bias=config.attention_bias != "none",
                 dtype=dtype,
                 kernel_init=kernel_init(config, "embed", "heads", "kv"),
                 bias_init=bias_init("heads", "kv"),
                 name=name,
             )(x)
 
-        query, key, value = projection("query"), projection("key"), projection("value")
+        query, key = projection("query", config.num_heads), projection("key", config.kv_heads)
+        value = projection("value", config.kv_heads)
+        if config.qk_norm != "none":
+            query, key = self._normed(query, "query_norm"), self._normed(key, "key_norm")
+        if config.position_embedding == "rotary":
+            query = rotate(query, positions, config.rotary_base)
+            key = rotate(key, positions, config.rotary_base)
         if decode:
             key, value = self._update_cache(key, value, positions)
             # [b, 1, l, max_length]: query i sees cache slots up to its own position.
@@ -92,11 +138,20 @@ class SelfAttention(nn.Module):
         return nn.DenseGeneral(
             config.embed_dim,
             axis=(-2, -1),
+            use_bias=config.attention_bias == "all",
             dtype=dtype,
             kernel_init=kernel_init(config, "heads", "kv", "embed", is_residual=True),
             bias_init=bias_init("embed"),
             name="out",
         )(out)
+
+    def _normed(self, x: jax.Array, name: str) -> jax.Array:
+        """Normalises queries or keys [b, l, h, k], each head by itself or all together."""
+        if self.config.qk_norm == "head":
+            out = _rms_norm(self.config, name, "kv")(x)
+        else:
+            out = _rms_norm(self.config, name, "heads", "kv", over=(-2, -1))(x)
+        return out.astype(x.dtype)
 
     def _update_cache(self, key: jax.Array, value: jax.Array, positions: jax.Array):
         """Writes [b, l, h, k] keys and values at `positions`; returns the whole cache."""
@@ -127,7 +182,7 @@ class Mlp(nn.Module):
 
     Attributes:
       config: the model.
-      mlp_dim: hidden width; the model's by default.
+      mlp_dim: hidden width; that of the model's dense layers by default.
     """
 
     config: ModelConfig
@@ -140,7 +195,7 @@ class Mlp(nn.Module):
 
         def to_hidden(name: str) -> jax.Array:
             return nn.Dense(
-                self.mlp_dim or config.mlp_dim,
+                self.mlp_dim or config.dense_width,
                 use_bias=config.has_mlp_bias,
                 dtype=dtype,
                 kernel_init=kernel_init(config, "embed", "mlp"),

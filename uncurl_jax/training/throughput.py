@@ -21,14 +21,17 @@ PEAK_BF16_FLOPS_PER_SECOND = {
 
 
 def training_flops_per_token(config: ModelConfig, active_parameters: int, length: int) -> float:
-    """FLOPs of forward and backward per token: 6 * N_active + 6 * layers * length * embed.
+    """FLOPs of forward and backward per token: 6 * N_active + 6 * layers * length * heads * width.
 
-    N_active leaves out the learned positions, which are looked up, not multiplied; the tied
-    embedding counts once, as the output projection. The second term is causal attention (half of
-    the 12 * layers * length * embed of PaLM, arXiv 2204.02311, appendix B).
+    N_active leaves out what is looked up, not multiplied: learned positions, and the token
+    embedding where the output projection is another array. The second term is causal attention
+    (half of the 12 * layers * length * heads * width of PaLM, arXiv 2204.02311, appendix B).
     """
-    multiplied = active_parameters - config.max_length * config.embed_dim
-    return 6.0 * multiplied + 6.0 * config.num_layers * length * config.embed_dim
+    looked_up = config.max_length if config.position_embedding == "learned" else 0
+    looked_up += 0 if config.has_tied_embeddings else config.vocab_size
+    multiplied = active_parameters - looked_up * config.embed_dim
+    attention = config.num_layers * length * config.num_heads * config.head_dim
+    return 6.0 * multiplied + 6.0 * attention
 
 
 def peak_flops_per_second(device_kind: str) -> float | None:
