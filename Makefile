@@ -14,12 +14,13 @@ VERSION = $(eval VERSION := $$(shell $(EXE) -c 'import sys; print("%d%d" % sys.v
 # One stamp per Python version: another version makes the environment anew.
 RUN_STAMP = .venv-run/uncurl_jax-py$(VERSION).stamp
 TEST_STAMP = .venv-test/uncurl_jax-py$(VERSION).stamp
+HF_STAMP = .venv-hf/uncurl_jax-py$(VERSION).stamp
 AOT_STAMP = .venv-aot/uncurl_jax-py$(VERSION).stamp
 
 .DELETE_ON_ERROR:
 .SECONDARY:
 .SECONDEXPANSION:
-.PHONY: help install quickstart test test-slow test-aot browser lint lock clean
+.PHONY: help install quickstart test test-slow test-hf test-aot browser lint lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo "make install      .venv-run alone, what quickstart runs in"
 	@echo "make test         the tests, without the slow ones      PYTEST_ARGS=..."
 	@echo "make test-slow    the slow tests"
+	@echo "make test-hf      compares imported models with transformers, which it installs (5.6 GB with torch)"
 	@echo "make test-aot     compiles for TPU slices with libtpu, which it installs (200 MB; 15 minutes)"
 	@echo "make browser      a Chromium for the tests of the report in one"
 	@echo "make lint         ruff, pyright, import-linter"
@@ -45,6 +47,9 @@ test: $$(TEST_STAMP)
 
 test-slow: $$(TEST_STAMP)
 	.venv-test/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-hf: $$(HF_STAMP)
+	.venv-hf/bin/python -m pytest -m hf $(PYTEST_ARGS)
 
 test-aot: $$(AOT_STAMP)
 	.venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
@@ -85,6 +90,12 @@ endef
 .venv-test/uncurl_jax-py%.stamp: .venv-test/locked-py%.stamp pyproject.toml
 	$(call install_checkout,.venv-test)
 
+.venv-hf/locked-py%.stamp: requirements/py%-hf.txt
+	$(call install_lock,.venv-hf,$<)
+
+.venv-hf/uncurl_jax-py%.stamp: .venv-hf/locked-py%.stamp pyproject.toml
+	$(call install_checkout,.venv-hf)
+
 # The locks hold no libtpu, which nothing else needs: it is the one that the locked jax asks for.
 .venv-aot/locked-py%.stamp: requirements/py%-dev.txt
 	$(call install_lock,.venv-aot,$<)
@@ -109,8 +120,10 @@ lock: .venv-lock/bin/uv
 	$(COMPILE) --python-version 3.12 -o requirements/py312.txt
 	$(COMPILE) --python-version 3.11 --extra dev -c requirements/py311.txt -o requirements/py311-dev.txt
 	$(COMPILE) --python-version 3.12 --extra dev -c requirements/py312.txt -o requirements/py312-dev.txt
+	$(COMPILE) --python-version 3.11 --extra dev,reference -c requirements/py311-dev.txt -o requirements/py311-hf.txt
+	$(COMPILE) --python-version 3.12 --extra dev,reference -c requirements/py312-dev.txt -o requirements/py312-hf.txt
 
 clean:
-	rm -rf .venv-run .venv-test .venv-aot .venv-lock .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv-run .venv-test .venv-hf .venv-aot .venv-lock .pytest_cache .ruff_cache .hypothesis build dist
 	rm -rf .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
