@@ -11,7 +11,6 @@ between is in the record.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,8 @@ def collective(name: str, mesh: Mesh, payload: int, calls: int) -> Alternative:
     local = payload // 2 // (size if "gather" in name else 1)
     spec = PartitionSpec(AXIS)
     x = random_values((local * size,), jnp.bfloat16, NamedSharding(mesh, spec), 0)
-    body = repeated(functools.partial(COLLECTIVES[name], size=size), calls)
+    function = COLLECTIVES[name]
+    body = repeated(lambda x: function(x, size), calls)
     mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     compiled = jax.jit(mapped).lower(x).compile()
     return Alternative(lambda: compiled(x), calls)
@@ -78,12 +78,13 @@ def collective(name: str, mesh: Mesh, payload: int, calls: int) -> Alternative:
 def on_one_device(side: int, copied_bytes: int) -> dict[str, Alternative]:
     """A product of square matrices, and an elementwise pass that reads and writes an array."""
     a, b = (random_values((side, side), jnp.bfloat16, None, seed, side**-0.5) for seed in (1, 2))
+    calls = 16
     x = random_values((copied_bytes // 2,), jnp.bfloat16, None, 3)
-    product = jax.jit(lambda a, b: repeated(lambda c: c @ b, 4)(a)).lower(a, b).compile()
-    copy = jax.jit(repeated(lambda x: x * 1.5, 4)).lower(x).compile()
+    product = jax.jit(lambda a, b: repeated(lambda c: c @ b, calls)(a)).lower(a, b).compile()
+    copy = jax.jit(repeated(lambda x: x * 1.5, calls)).lower(x).compile()
     return {
-        "product": Alternative(lambda: product(a, b), 4),
-        "copy": Alternative(lambda: copy(x), 4),
+        "product": Alternative(lambda: product(a, b), calls),
+        "copy": Alternative(lambda: copy(x), calls),
     }
 
 
@@ -103,7 +104,7 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--largest", type=int, default=28, help="log2 of the bytes of a payload")
     parser.add_argument("--smallest", type=int, default=10)
@@ -116,7 +117,7 @@ def main() -> None:
     payloads = [1 << power for power in range(args.smallest, args.largest + 1, 2)]
     single = on_one_device(args.side, 1 << (args.largest + 3))
     several = {
-        f"{name} {payload}": collective(name, mesh, payload, 4 if payload >> 24 else 32)
+        f"{name} {payload}": collective(name, mesh, payload, 32 if payload >> 22 else 256)
         for name in COLLECTIVES
         for payload in (payloads if size > 1 else ())
     }

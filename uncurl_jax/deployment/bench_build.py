@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -64,14 +64,53 @@ class Built(NamedTuple):
     num_collectives: dict[int, float]
 
 
-def build(subject: Subject, layout: Layout) -> Built:
-    """Compiles what is to be timed for one layout."""
+def build(
+    subject: Subject, layouts: Sequence[Layout], *, is_compared: bool
+) -> tuple[list[Built], dict[int, Forward]]:
+    """Compiles what is to be timed, for all layouts at the same time.
+
+    Args:
+      subject: the model and its devices.
+      layouts: of its experts.
+      is_compared: whether the logits of one device are needed too.
+
+    Returns:
+      The programs of each layout; and the forward pass on one device for each number of token
+      groups, with shapes in the place of parameters.
+    """
+    started = [_start(subject, layout) for layout in layouts]
+    makers = {
+        (place, name): maker
+        for place, begun in enumerate(started)
+        for name, maker in begun.makers.items()
+    }
+    groups = sorted({layout.token_shards for layout in layouts}) if is_compared else []
+    for count in groups:
+        makers[count, "one device"] = functools.partial(_forward_of_one_device, subject, count)
+    made = _make_all(makers)
+    built = [
+        _built(begun, {name: made[place, name] for name in begun.makers})
+        for place, begun in enumerate(started)
+    ]
+    return built, {count: made[count, "one device"] for count in groups}
+
+
+class _Started(NamedTuple):
+    """A layout with its parameters in place, and what compiles its programs."""
+
+    layout: Layout
+    mesh: Mesh | None
+    kinds: list[LayerKind]
+    makers: dict[str, Callable[[], Any]]
+    measure: tuple[str, ...]
+
+
+def _start(subject: Subject, layout: Layout) -> _Started:
     config, settings = subject.model.config, subject.settings
     wanted, tokens = settings.measure, subject.tokens
     mesh = layout.make_mesh(jax.devices()[: subject.count])
     params = bench_programs.serving_params(subject.model, mesh, layout, settings.seed)
-    per_shard = subject.tokens_per_shard(layout)
-    kinds = bench_programs.layer_kinds(config, layout, per_shard)
+    kinds = bench_programs.layer_kinds(config, layout, subject.tokens_per_shard(layout))
     makers: dict[str, Callable[[], Any]] = {
         "launch": functools.partial(bench_programs.launch_alone, mesh)
     }
@@ -88,22 +127,29 @@ def build(subject: Subject, layout: Layout) -> Built:
             makers[f"decode {rows}"] = functools.partial(
                 decode_program, config, params, rows, mesh, layout, settings
             )
-    made = _make_all(makers)
+    return _Started(layout, mesh, kinds, makers, wanted)
+
+
+def _built(begun: _Started, made: Mapping[str, Any]) -> Built:
     forward = made.get("forward")
-    if "forward" in wanted:
-        made["forward"] = Alternative(made["forward"])
-    else:
-        made.pop("forward", None)
-    alternatives = {
-        name: program.alternative if isinstance(program, CommunicationAlone) else program
-        for name, program in made.items()
-    }
-    num_collectives = {
-        place: made[f"communication {place}"].collectives
-        for place in range(len(kinds))
-        if f"communication {place}" in made
-    }
-    return Built(layout, mesh, kinds, forward, alternatives, num_collectives)
+    alternatives, num_collectives = {}, {}
+    for name, program in made.items():
+        if isinstance(program, CommunicationAlone):
+            alternatives[name] = program.alternative
+            num_collectives[int(name.partition(" ")[2])] = program.collectives
+        elif name != "forward":
+            alternatives[name] = program
+    if forward is not None and "forward" in begun.measure:
+        alternatives["forward"] = Alternative(forward)
+    return Built(begun.layout, begun.mesh, begun.kinds, forward, alternatives, num_collectives)
+
+
+def _forward_of_one_device(subject: Subject, num_groups: int) -> Forward:
+    """Compiles it for parameters that are not there yet: beside the others they might not fit."""
+    abstract = bench_programs.abstract_serving_params(subject.model.config)
+    return bench_programs.compile_forward(
+        subject.model.config, abstract, subject.tokens, None, None, num_groups
+    )
 
 
 def _layer_makers(
@@ -133,7 +179,7 @@ def _layer_makers(
     return makers
 
 
-def _make_all(makers: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+def _make_all(makers: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
     """Calls all at once: they mostly wait for the compiler, which leaves other threads running."""
     threads = min(len(makers), len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:

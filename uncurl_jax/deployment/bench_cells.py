@@ -14,7 +14,7 @@ from uncurl_jax.config import ModelConfig
 from uncurl_jax.deployment import bench_programs, collectives
 from uncurl_jax.deployment.bench_build import Built, Subject, build
 from uncurl_jax.deployment.bench_decoding import padded_rows
-from uncurl_jax.deployment.bench_programs import LayerKind, Reference
+from uncurl_jax.deployment.bench_programs import Forward, LayerKind, Reference
 from uncurl_jax.deployment.bench_settings import Layout
 from uncurl_jax.deployment.timing import Timing, time_alternatives
 
@@ -77,9 +77,10 @@ def _measure_together(
     subject: Subject, layouts: Sequence[Layout], reference: Reference
 ) -> list[dict[str, Any]]:
     settings, expected = subject.settings, None
-    if "equality" in settings.measure and subject.count > 1:
-        expected = _logits_of_one_device(subject, layouts)
-    built = [build(subject, layout) for layout in layouts]
+    is_compared = "equality" in settings.measure and subject.count > 1
+    built, one_device = build(subject, layouts, is_compared=is_compared)
+    if is_compared:
+        expected = _logits_of_one_device(subject, one_device)
     turns = {"reference": reference.alternative}
     for place, cell in enumerate(built):
         for name, alternative in cell.alternatives.items():
@@ -212,18 +213,15 @@ def _split(kinds: Sequence[LayerKind], timings: Mapping[str, Timing]) -> dict[st
 
 
 def _logits_of_one_device(
-    subject: Subject, layouts: Sequence[Layout]
+    subject: Subject, programs: Mapping[int, Forward]
 ) -> dict[int, np.ndarray] | str:
     """Logits to compare with, by number of token groups; a sentence if one device is too small."""
-    model = subject.model
 
     def compute() -> dict[int, np.ndarray]:
-        params = bench_programs.serving_params(model, None, None, subject.settings.seed)
+        params = bench_programs.serving_params(subject.model, None, None, subject.settings.seed)
         return {
-            groups: bench_programs.compile_forward(
-                model.config, params, subject.tokens, None, None, groups
-            ).compared_logits()
-            for groups in sorted({layout.token_shards for layout in layouts})
+            groups: forward._replace(params=params).compared_logits()
+            for groups, forward in programs.items()
         }
 
     try:

@@ -16,7 +16,19 @@ import jax
 
 import uncurl_jax
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+# What users set to choose how NCCL sends; others of its variables name networks and files.
+_NCCL = ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE", "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)
 
 
 def versions() -> dict[str, str]:
@@ -61,6 +73,7 @@ def describe_devices() -> dict[str, Any]:
         "driver": driver.splitlines()[0] if driver else None,
         "links": links,
         "xla_flags": os.environ.get("XLA_FLAGS"),
+        "nccl": {name: os.environ[name] for name in _NCCL if name in os.environ},
         "host": {"processor": _processor(), "cores": len(os.sched_getaffinity(0))},
     }
 
