@@ -146,6 +146,12 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def step_of(path: PathLike) -> int | None:
+    """Returns the number in the name of a `checkpoint_<step>` directory, None for other names."""
+    match = _STEP_NAME.fullmatch(epath.Path(path).name)
+    return None if match is None else int(match[1])
+
+
 def finished_steps(directory: PathLike) -> list[int]:
     """Returns the steps of a checkpoint directory that were saved to the end, rising."""
     directory = epath.Path(directory)

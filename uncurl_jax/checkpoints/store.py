@@ -17,13 +17,13 @@ from etils import epath
 
 from uncurl_jax.artifacts import PARTIAL_SUFFIX
 from uncurl_jax.checkpoints import layout, parameters
+from uncurl_jax.checkpoints.record import Record
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
 
 # Orbax moves the steps to delete here with one rename; the files go afterwards. Deleted in place,
 # a step would keep its name while its files disappear, and a kill would leave such a step behind.
 _DELETED_DIRECTORY = ".deleted"
-_VOCABULARY_KEYS = frozenset({"name", "spec", "size", "hash"})
 
 
 class Restored(NamedTuple):
@@ -86,28 +86,18 @@ class CheckpointStore:
         """
         if max_to_keep is not None and max_to_keep < 1:
             raise InputError(f"max_to_keep must be at least 1, or None for all, got {max_to_keep}.")
-        if set(vocabulary) != _VOCABULARY_KEYS:
-            raise InputError(
-                f"A vocabulary record has the keys {sorted(_VOCABULARY_KEYS)}, got "
-                f"{sorted(vocabulary)}."
-            )
+        record = Record(model_config, provenance, vocabulary)
         self.directory = epath.Path(directory)
         if not layout.is_remote(self.directory):
             self.directory = self.directory.resolve()
         self._expected = parameters.expected_parameters(model_config)
-        files = {
-            layout.VOCABULARY_FILE: dict(vocabulary),
-            layout.PROVENANCE_FILE: dict(provenance),
-            # Last, because it is the one that marks the directory as ours.
-            layout.MODEL_CONFIG_FILE: model_config.to_dict(),
-        }
-        is_new = _check_directory(self.directory, files)
+        is_new = _check_directory(self.directory, record)
         # No process may look at the directory after another one has begun to fill it.
         ocp.multihost.sync_global_processes("uncurl_jax:checkpoint_store:checked")
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for name, value in files.items() if is_new else ():
-                layout.write_json_at(self.directory / name, value)
+            if is_new:
+                record.write(self.directory)
             for leftover in layout.unfinished_directories(self.directory):
                 leftover.rmtree(missing_ok=True)
             self._purge_deleted()
@@ -199,7 +189,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
 
 
-def _check_directory(directory: epath.Path, files: Mapping[str, Any]) -> bool:
+def _check_directory(directory: epath.Path, record: Record) -> bool:
     """Returns whether the directory is new; InputError if it is not ours to go on with."""
     if not directory.exists():
         return True
@@ -214,19 +204,7 @@ def _check_directory(directory: epath.Path, files: Mapping[str, Any]) -> bool:
             "A checkpoint directory must be new, empty or hold checkpoints of the same model, got "
             f"{directory} without {layout.MODEL_CONFIG_FILE}: choose another directory."
         )
-    for name in (layout.MODEL_CONFIG_FILE, layout.VOCABULARY_FILE):
-        stored = layout.read_json_at(directory / name)
-        if stored != files[name]:
-            differences = sorted(
-                key
-                for key in stored.keys() | files[name].keys()
-                if stored.get(key) != files[name].get(key)
-            )
-            raise InputError(
-                f"A checkpoint directory must go on with the model and vocabulary it began with, "
-                f"got other values of {differences} than {directory / name}: choose another "
-                "directory."
-            )
+    record.check_same(directory)
     return False
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from uncurl_jax import __version__
+from uncurl_jax.cli import t5x_commands
 from uncurl_jax.errors import InputError
 
 _GIN_PREFIX = "--gin."
@@ -84,26 +85,32 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=text, argument_default=argparse.SUPPRESS
         )
-        sub.add_argument(
-            "--gin_file",
-            action="append",
-            metavar="FILE",
-            help="gin file, from this directory or the package; may be repeated",
-        )
-        sub.add_argument("--gin.X=Y", dest="unused", metavar="", help="one more gin binding")
+        _add_gin_arguments(sub)
         return sub
 
     sub = command("gin", "Show what gin files come to, with every default filled in.")
     sub.add_argument(
         "--show", action="append", dest="gin_file", metavar="FILE", help="as --gin_file"
     )
+    t5x_commands.add_source(sub)
     _add_data_commands(command)
     _add_model_commands(command)
     _add_study_commands(command)
     _add_placement_command(command)
     _add_bench_command(command)
     _add_aot_command(command)
+    t5x_commands.add_parser(command, _add_gin_arguments)
     return parser
+
+
+def _add_gin_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--gin_file",
+        action="append",
+        metavar="FILE",
+        help="gin file, from this directory or the package; may be repeated",
+    )
+    sub.add_argument("--gin.X=Y", dest="unused", metavar="", help="one more gin binding")
 
 
 def _add_data_commands(command: Any) -> None:
@@ -416,6 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         default = commands.DEFAULT_GIN_FILES.get(name)
         files = files or ([default] if default else [])
+        t5x_commands.prepare(name, options, files)
         gin_config.parse(files, bindings, commands.GIN_MODULES[name])
         result = commands.COMMANDS[name](options)
     except InputError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import refuse_existing
+from uncurl_jax.cli import t5x_commands
 from uncurl_jax.cli.gin_config import bound, bound_value, configured
 from uncurl_jax.errors import InputError
 
@@ -43,6 +44,7 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "placement": ("uncurl_jax.config",),
     "bench": ("uncurl_jax.config", "uncurl_jax.deployment.bench"),
     "aot": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
+    "t5x": ("uncurl_jax.config",),
 }
 
 Options = dict[str, Any]
@@ -67,7 +69,7 @@ DEFAULT_GIN_FILES = {
 }
 
 
-def _initialize_distributed(options: Options, *, saves_on_sigterm: bool = False) -> None:
+def initialize_distributed(options: Options, *, saves_on_sigterm: bool = False) -> None:
     """Joins the other processes if asked to, before anything else touches JAX.
 
     JAX's preemption service swallows SIGTERM, so it is for those alone that ask it when to stop.
@@ -110,7 +112,8 @@ def _progress(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def _only_first_process(result: Any) -> Any:
+def only_first_process(result: Any) -> Any:
+    """Returns what the first process prints, None in the others."""
     import jax
 
     return result if jax.process_index() == 0 else None
@@ -256,7 +259,7 @@ def cache(options: Options) -> Any:
 
 def train(options: Options) -> Any:
     """`uncurl train`."""
-    _initialize_distributed(options, saves_on_sigterm=True)
+    initialize_distributed(options, saves_on_sigterm=True)
     from uncurl_jax.training import trainer
 
     _check_writable(options["out"])
@@ -267,7 +270,7 @@ def train(options: Options) -> Any:
     if "validation" in options:
         options["validation"] = _validation(options["validation"])
     result = configured(trainer.train)(**options)
-    return _only_first_process(
+    return only_first_process(
         {
             "checkpoint": str(result.checkpoint),
             "step": result.step,
@@ -335,7 +338,7 @@ def _placed_config(options: Options) -> Any:
 def calibrate(options: Options) -> Any:
     """`uncurl calibrate`."""
     calibrate_with = _calibration(options)
-    _initialize_distributed(options)
+    initialize_distributed(options)
     out = _new_output(options.pop("out"))
     if "inputs_out" in options:
         _check_writable(options["inputs_out"])
@@ -343,7 +346,7 @@ def calibrate(options: Options) -> Any:
         options.pop("vocabulary", None)
         run = configured(calibrate_with)
         statistics = run(cache=task_cache, out=out, **options)
-    return _only_first_process(_statistics_line(out, statistics))
+    return only_first_process(_statistics_line(out, statistics))
 
 
 def _calibration(options: Options) -> Callable[..., Any]:
@@ -492,14 +495,14 @@ def prune(options: Options) -> Any:
 
 def evaluate(options: Options) -> Any:
     """`uncurl evaluate`."""
-    _initialize_distributed(options)
+    initialize_distributed(options)
     from uncurl_jax.evaluation import evaluator
 
     out = _new_output(options.pop("out"))
     with _open_task(options, "validation", is_evaluation=True) as task_cache:
         run = configured(evaluator.evaluate_checkpoint)
         summary = run(cache=task_cache, out=out, **options)
-    return _only_first_process({"out": str(out), **summary})
+    return only_first_process({"out": str(out), **summary})
 
 
 def compare(options: Options) -> Any:
@@ -837,4 +840,5 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "placement": placement,
     "bench": bench,
     "aot": aot,
+    "t5x": t5x_commands.t5x,
 }

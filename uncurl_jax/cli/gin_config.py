@@ -63,7 +63,7 @@ def parse(files: Sequence[str], bindings: Sequence[str], modules: Sequence[str])
         name, separator, value = binding.partition("=")
         if not (name.strip() and separator and value.strip()):
             raise InputError(f"A gin binding must be --gin.NAME=VALUE, got --gin.{binding}.")
-    texts = _read_with_includes(files)
+    texts = read_with_includes(files)
     imports = _imports(texts, modules) if bindings else []
     lines = [
         "from __gin__ import dynamic_registration",
@@ -168,7 +168,7 @@ def _find_file(file: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read_with_includes(files: Sequence[str]) -> list[str]:
+def read_with_includes(files: Sequence[str]) -> list[str]:
     """Returns the texts of gin files and of those that they include.
 
     Raises:
