@@ -14,7 +14,8 @@ from uncurl_jax.cli import build_parser, gin_config, main
 from uncurl_jax.data import token_cache
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments import pilot, quickstart, study, sweep
-from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.experiments.recipes import recipe_runner, recipe_study
+from uncurl_jax.models.architecture import count_parameters
 from uncurl_jax.training import trainer
 
 FOLDER = Path(__file__).parents[1] / "gin"
@@ -121,13 +122,19 @@ def test_a_run_file_builds_the_configuration_of_its_command(name):
     parse(name)
     built = [
         gin.get_bindings(function)["config"]
-        for function in (trainer.train, sweep.run_sweep, quickstart.run_quickstart)
+        for function in (
+            trainer.train,
+            sweep.run_sweep,
+            quickstart.run_quickstart,
+            recipe_runner.run_recipes,
+        )
         if "config" in gin_config.bound(function)
     ]
     if "finetune" in gin_config.bound(pilot.run_pilot):
         built.append(gin.get_bindings(pilot.run_pilot)["finetune"])
     assert len(built) == 1
-    assert isinstance(built[0], config.TrainConfig | study.StudyConfig)
+    kinds = config.TrainConfig | study.StudyConfig | recipe_study.RecipeStudyConfig
+    assert isinstance(built[0], kinds)
 
 
 @pytest.mark.parametrize("name", TASKS)

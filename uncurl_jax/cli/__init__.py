@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from uncurl_jax import __version__
-from uncurl_jax.cli import t5x_commands
+from uncurl_jax.cli import recipe_commands, t5x_commands
 from uncurl_jax.errors import InputError
 
 _GIN_PREFIX = "--gin."
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_placement_command(command)
     _add_bench_command(command)
     _add_aot_command(command)
+    recipe_commands.add_parser(command)
     t5x_commands.add_parser(command, _add_gin_arguments)
     return parser
 
@@ -423,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         default = commands.DEFAULT_GIN_FILES.get(name)
         files = files or ([default] if default else [])
-        t5x_commands.prepare(name, options, files)
+        t5x_commands.prepare(name, options, files, bindings)
         gin_config.parse(files, bindings, commands.GIN_MODULES[name])
         result = commands.COMMANDS[name](options)
     except InputError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import refuse_existing
-from uncurl_jax.cli import t5x_commands
+from uncurl_jax.cli import recipe_commands, t5x_commands
 from uncurl_jax.cli.gin_config import bound, bound_value, configured
 from uncurl_jax.errors import InputError
 
@@ -44,6 +44,7 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "placement": ("uncurl_jax.config",),
     "bench": ("uncurl_jax.config", "uncurl_jax.deployment.bench"),
     "aot": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
+    "recipes": recipe_commands.GIN_MODULES,
     "t5x": ("uncurl_jax.config",),
 }
 
@@ -604,7 +605,10 @@ def report(options: Options) -> Any:
     """`uncurl report`."""
     from uncurl_jax.experiments.evidence.effects import format_effects
     from uncurl_jax.experiments.reporting import report as report_lib
+    from uncurl_jax.experiments.reporting import report_recipes
 
+    if report_recipes.is_recipe_study(options["directory"]):
+        return recipe_commands.report(options)
     result = report_lib.write_report(**options)
     if result["rows"]:
         print(report_lib.format_table(result["rows"]), file=sys.stderr)
@@ -840,5 +844,6 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "placement": placement,
     "bench": bench,
     "aot": aot,
+    "recipes": recipe_commands.recipes,
     "t5x": t5x_commands.t5x,
 }
