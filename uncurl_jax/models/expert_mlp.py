@@ -16,15 +16,20 @@ from uncurl_jax.models.grouped_matmul import Blocks
 
 Activation = Callable[[jax.Array], jax.Array]
 
+# Those of the experts' arrays that may be int8, each then with the scales <name>_scale.
+KERNELS = ("wi", "wo", "wg")
+
 
 class Experts(NamedTuple):
-    """The parameters of one layer's experts, in the compute dtype.
+    """The parameters of one layer's experts, in the compute dtype, or kernels in int8.
 
     Attributes:
       wi: [e, d, f] input (in gated networks: up) projection.
       wo: [e, f, d] output projection.
       wg: [e, d, f] gate projection; None unless gated.
       wi_bias: [e, f]; wo_bias: [e, d]; wg_bias: [e, f]; None without biases.
+      wi_scale: [e, f]; wo_scale: [e, d]; wg_scale: [e, f]; float32, of kernels that are int8, None
+        of others. `expert_loop.dequantized` multiplies them in.
     """
 
     wi: jax.Array
@@ -33,6 +38,9 @@ class Experts(NamedTuple):
     wi_bias: jax.Array | None = None
     wo_bias: jax.Array | None = None
     wg_bias: jax.Array | None = None
+    wi_scale: jax.Array | None = None
+    wo_scale: jax.Array | None = None
+    wg_scale: jax.Array | None = None
 
 
 def _feed_forward(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from uncurl_jax.models.expert_loop import apply_in_loop, dequantized
 from uncurl_jax.models.expert_mlp import (
     Activation,
     Experts,
@@ -262,6 +263,18 @@ def _apply_few(
     return MoeOutput(y.reshape(tokens.x.shape), kept.is_kept, kept.counts.sum().astype(jnp.float32))
 
 
+def _apply_any(
+    tokens: Tokens, experts: Experts, activation: Activation, capacity: int | None
+) -> MoeOutput:
+    """The same for a symbolic number of tokens, which exported programs have."""
+    if capacity is not None:
+        raise ValueError("Experts of a symbolic number of tokens have no capacity.")
+    x, index, gate, is_wanted = (array.reshape(-1, array.shape[-1]) for array in tokens)
+    y = apply_in_loop(x, index, is_wanted, gate, experts, activation)
+    num_slots = jnp.sum(is_wanted, dtype=jnp.float32)
+    return MoeOutput(y.reshape(tokens.x.shape), tokens.is_wanted, num_slots)
+
+
 def _apply_on_device(
     tokens: Tokens,
     experts: Experts,
@@ -273,9 +286,12 @@ def _apply_on_device(
     """Slots if they are about as many as sorted rows would be, else sorted rows.
 
     Slots are one batched product, which is faster, but all of them are computed. Accelerators run
-    a few tokens as `_apply_few`.
+    a few tokens as `_apply_few`. A number of tokens that is not known yet goes into a loop.
     """
     groups, per_group, _ = tokens.expert_index.shape
+    if jax.export.is_symbolic_dim(groups * per_group):
+        return _apply_any(tokens, experts, activation, capacity)
+    experts = dequantized(experts, tokens.x.dtype)
     num_experts = experts.wi.shape[0]
     apply: Any = functools.partial(
         apply_locally, activation=activation, capacity=capacity, may_be_even=may_be_even

@@ -55,8 +55,9 @@ class MoeLayer(nn.Module):
           [b, l, d] float32, to be added to the residual stream.
         """
         config, num_experts = self.config, self.config.num_experts[self.layer]
-        choice = self._route(x, config.router_width(self.layer), is_training=is_training)
-        expert_index = self._expert_of(choice.expert_index)
+        row = self._expert_row()
+        choice = self._route(x, num_experts if row is None else len(row), is_training=is_training)
+        expert_index = choice.expert_index if row is None else row[choice.expert_index]
         experts = ExpertParameters(config, name="experts")(num_experts)
 
         batch, length, dim = x.shape
@@ -75,7 +76,7 @@ class MoeLayer(nn.Module):
             else config.expert_capacity(self.layer, tokens, is_training=is_training)
         )
         out = apply_moe(
-            grouped(x.astype(experts.wi.dtype), dim),
+            grouped(x.astype(config.dtype), dim),
             grouped(expert_index, topk),
             grouped(choice.gate, topk),
             grouped(mask, 1)[..., 0],
@@ -119,7 +120,7 @@ class MoeLayer(nn.Module):
     ) -> None:
         """Observes the experts' outputs before gates and drops, if asked to."""
         activation = layers.activation(self.config)
-        inputs = x.astype(experts.wi.dtype)
+        inputs = x.astype(self.config.dtype)
         if self.is_mutable_collection("output_observations"):
             outputs = []
             for choice in range(expert_index.shape[-1]):
@@ -154,11 +155,17 @@ class MoeLayer(nn.Module):
             sums = jax.lax.map(output_sum, experts)
             self.sow("all_output_observations", "all_output_sum", sums)
 
-    def _expert_of(self, column: jax.Array) -> jax.Array:
-        """Maps columns of the router to experts, where the router is wider than they are many."""
+    def _expert_row(self) -> jax.Array | None:
+        """The expert of each of the router's columns; None if that is its own number.
+
+        It is the variable `row` of the collection `expert_maps`, so that one program serves models
+        that choose from the same experts, or else the configuration's.
+        """
+        if self.has_variable("expert_maps", "row"):
+            return self.get_variable("expert_maps", "row")
         expert_map = self.config.expert_map
         row = expert_map[self.layer] if expert_map is not None else None
-        return column if row is None else jnp.asarray(row, jnp.int32)[column]
+        return None if row is None else jnp.asarray(row, jnp.int32)
 
     def _route(self, x: jax.Array, num_experts: int, *, is_training: bool) -> routing.RouterChoice:
         config = self.config
@@ -220,7 +227,10 @@ class MoeLayer(nn.Module):
 
 
 class ExpertParameters(nn.Module):
-    """Declares the stacked parameters of a layer's experts, cast to the compute dtype."""
+    """Declares the stacked parameters of a layer's experts, cast to the compute dtype.
+
+    Kernels that have scales in the collection `scales` are int8 and stay so.
+    """
 
     config: ModelConfig
 
@@ -232,14 +242,17 @@ class ExpertParameters(nn.Module):
         kernel, bias = layers.kernel_init, layers.bias_init
 
         def parameter(name: str, init: Any, *shape: int) -> Any:
-            return jnp.asarray(cast(Any, self.param(name, init, (num_experts, *shape))), dtype)
+            array = cast(Any, self.param(name, init, (num_experts, *shape)))
+            if self.has_variable("scales", name):
+                arrays[f"{name}_scale"] = self.get_variable("scales", name)
+                return array
+            return jnp.asarray(array, dtype)
 
         to_hidden = kernel(config, "expert", "embed", "expert_mlp")
         to_residual = kernel(config, "expert", "expert_mlp", "embed", is_residual=True)
-        arrays = {
-            "wi": parameter("wi", to_hidden, dim, mlp),
-            "wo": parameter("wo", to_residual, mlp, dim),
-        }
+        arrays: dict[str, Any] = {}
+        arrays["wi"] = parameter("wi", to_hidden, dim, mlp)
+        arrays["wo"] = parameter("wo", to_residual, mlp, dim)
         if config.is_gated:
             arrays["wg"] = parameter("wg", to_hidden, dim, mlp)
         if config.has_mlp_bias:
