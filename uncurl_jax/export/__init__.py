@@ -1,0 +1,1 @@
+"""Models for serving: programs and weights that run without this package."""

@@ -1,0 +1,98 @@
+"""Reference inputs and outputs of a model, which a loaded artifact must reproduce.
+
+Axes: b row, l length of the prompts, s tokens read one by one after them, t scored targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uncurl_jax.checkpoints.model import load_model
+from uncurl_jax.config import ModelConfig
+from uncurl_jax.export.sources import Source
+from uncurl_jax.models.decoder import Decoder, token_log_probabilities
+
+_ROWS, _STEPS, _TARGETS = 4, 2, 3
+_LONGEST = 48
+# Of |a - b| / (1 + |b|). On one platform programs and references differ by the order of additions;
+# others round products of float32 too (TPUs by default to bfloat16).
+TOLERANCES = {
+    "float32": {"same_platform": 1e-4, "other_platform": 2e-2},
+    "bfloat16": {"same_platform": 2e-2, "other_platform": 1e-1},
+}
+
+
+def reference_inputs(config: ModelConfig, vocabulary_size: int) -> dict[str, np.ndarray]:
+    """Returns seeded random prompts of different lengths, and what follows them.
+
+    Returns:
+      "inputs" [b, l], "lengths" [b], "tokens" [b, s], and "targets", "target_positions" and
+      "target_mask" [b, t], scored at the last places of each prompt.
+    """
+    generator = np.random.default_rng(0)
+    longest = max(1, min(_LONGEST, config.max_length - _STEPS))
+    lengths = np.linspace(max(1, longest // 4), longest, _ROWS).astype(np.int32)
+    inputs = generator.integers(1, vocabulary_size, (_ROWS, longest))
+    inputs[:, 0] = 0
+    inputs = np.where(np.arange(longest) < lengths[:, None], inputs, 0).astype(np.int32)
+    steps = min(_STEPS, config.max_length - longest)
+    positions = lengths[:, None] - _TARGETS + np.arange(_TARGETS, dtype=np.int32)
+    return {
+        "inputs": inputs,
+        "lengths": lengths,
+        "tokens": generator.integers(1, vocabulary_size, (_ROWS, steps)).astype(np.int32),
+        "targets": generator.integers(1, vocabulary_size, (_ROWS, _TARGETS)).astype(np.int32),
+        "target_positions": np.maximum(positions, 0),
+        "target_mask": positions >= 0,
+    }
+
+
+def checkpoint_outputs(source: Source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Computes the outputs from the checkpoint, with nothing of what makes up an artifact.
+
+    That is one forward pass over prompts and what follows them, without cache, pools, symbolic
+    shapes or files of an artifact, in the served model's compute dtype.
+
+    Returns:
+      What `runner.run_reference` returns for the artifact's model.
+    """
+    config, lengths = source.config, inputs["lengths"]
+    params = load_model(source.checkpoint).params
+    if "position_embedder" in params:
+        table = params["position_embedder"]["embedding"][: config.max_length]
+        params = {**params, "position_embedder": {"embedding": table}}
+    width, steps = inputs["inputs"].shape[1], inputs["tokens"].shape[1]
+    rows = np.arange(len(lengths))
+    tokens = np.pad(inputs["inputs"], ((0, 0), (0, steps)))
+    for step in range(steps):
+        tokens[rows, lengths + step] = inputs["tokens"][:, step]
+
+    @jax.jit
+    def forward(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        mask = jnp.arange(tokens.shape[1]) < (lengths + steps)[:, None]
+        logits, found = Decoder(config).apply(
+            {"params": params}, tokens, mask, mutable=["router_observations"]
+        )
+        return logits, found.get("router_observations", {})
+
+    logits, observed = jax.device_get(forward(params, tokens))
+    outputs = {"prefill_logits": logits[rows, lengths - 1]}
+    for step in range(steps):
+        outputs[f"decode_logits/{step}"] = logits[rows, lengths + step]
+    is_prompt = np.arange(width) < lengths[:, None]
+    for layer, sown in observed.items():
+        (choice,) = sown["moe"]["observation"]
+        chosen = choice["expert_index"]
+        outputs[f"prefill_experts/{layer}"] = np.where(is_prompt[..., None], chosen[:, :width], -1)
+        for step in range(steps):
+            outputs[f"decode_experts/{step}/{layer}"] = chosen[rows, lengths + step][:, None]
+    scored = token_log_probabilities(
+        jnp.asarray(logits[rows[:, None], inputs["target_positions"]]),
+        jnp.asarray(inputs["targets"]),
+    )
+    outputs["token_log_probabilities"] = np.where(inputs["target_mask"], scored, 0.0)
+    return outputs

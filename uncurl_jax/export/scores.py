@@ -1,0 +1,115 @@
+"""Scores of an exported model on a token cache, by the programs that are served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints.provenance import provenance_chain
+from uncurl_jax.data import metrics
+from uncurl_jax.data.cache_writer import RANK_CLASSIFICATION
+from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
+from uncurl_jax.errors import InputError
+from uncurl_jax.export.runner import Model
+
+_EXAMPLES_PER_BATCH = 16
+
+
+def rank_score(model: Model, cache: TokenCache) -> dict[str, Any]:
+    """Ranks the options of every example by their log-likelihood.
+
+    Returns:
+      {"score" in percent, "interval" of 95 %, "metrics", "num_examples"}.
+
+    Raises:
+      InputError: If the cache has no options, or a row is longer than the model reads.
+    """
+    if cache.kind != RANK_CLASSIFICATION:
+        raise InputError(
+            f"An artifact is scored on a task with options, got {cache.kind} in "
+            f"{cache.directory}: give another --cache."
+        )
+    if cache.max_row_length > model.max_length:
+        raise InputError(
+            f"Rows must fit the artifact's max_length={model.max_length}, got up to "
+            f"{cache.max_row_length} tokens in {cache.directory}: raise --max_length."
+        )
+    examples, score = cache.examples(), cache.score()
+    metrics.check_predictions(examples, [0] * len(examples))
+    log_likelihood = np.full(cache.num_rows, np.nan)
+    length = min(bucket_length(cache.max_row_length), model.max_length)
+    for batch, rows in cache.option_batches(_EXAMPLES_PER_BATCH, length=length):
+        is_row = rows >= 0
+        log_likelihood[rows[is_row]] = _row_scores(model, batch, cache.target_length)[is_row]
+    predicted = cache.predictions(log_likelihood)
+    values = score.values(examples, predicted)
+    low, high = metrics.confidence_interval(examples, predicted, score)
+    return {
+        "score": values.pop("score"),
+        "interval": [low, high],
+        "metrics": values,
+        "num_examples": len(examples),
+    }
+
+
+def _row_scores(model: Model, batch: Batch, target_length: int) -> np.ndarray:
+    """Log-likelihoods of the weighted targets of rows, [b]."""
+    length = batch.inputs.shape[1]
+    width = min(target_length, length)
+    start = np.minimum(np.argmax(batch.weights != 0, axis=1), length - width)
+    places = start[:, None] + np.arange(width)
+    result = model.score(
+        batch.inputs,
+        np.maximum(batch.mask.sum(axis=1), 1),
+        np.take_along_axis(batch.targets, places, axis=1),
+        places,
+        np.take_along_axis(batch.weights, places, axis=1) > 0,
+    )
+    return np.asarray(result["log_likelihood"], np.float64)
+
+
+def described(
+    model: Model,
+    checkpoint: layout.CheckpointPath,
+    cache: TokenCache,
+    evaluate: Callable[[layout.CheckpointPath, TokenCache], Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """Returns a model's "task", "prompt" and "scores" for the manifest.
+
+    Args:
+      model: of the artifact.
+      checkpoint: that it comes from.
+      cache: what to score both on.
+      evaluate: scores the checkpoint; None leaves that out.
+    """
+    example = cache.examples()[0]
+    options = {example.options for example in cache.examples()}
+    measured = {"artifact": rank_score(model, cache)}
+    if evaluate is not None:
+        found = evaluate(checkpoint, cache)
+        names = ("score", "interval", "metrics", "num_examples")
+        measured["checkpoint"] = {name: found[name] for name in names}
+    return {
+        "task": cache.task,
+        "prompt": {
+            "example": {"prompt": example.prompt, "options": list(example.options)},
+            "options": list(example.options) if len(options) == 1 else None,
+        },
+        "scores": {
+            "token_cache": {"task": cache.task, "split": cache.split, "hash": cache.hash},
+            "is_dropless": True,
+            **measured,
+        },
+    }
+
+
+def task_of(checkpoint: layout.CheckpointPath) -> str | None:
+    """Returns the task of the token cache that a checkpoint was last trained on."""
+    for link in provenance_chain(checkpoint):
+        found = (link.provenance or {}).get("token_cache")
+        if isinstance(found, dict) and "task" in found:
+            return found["task"]
+    return None
