@@ -71,7 +71,7 @@ def pruned_config(config: ModelConfig, plan: PruningPlan) -> ModelConfig:
     return dataclasses.replace(config, num_experts=plan.num_experts, expert_map=plan.expert_map)
 
 
-def account(reader: layout.StateReader, plan: PruningPlan, config: ModelConfig) -> Accounts:
+def account(reader: layout.ArrayReader, plan: PruningPlan, config: ModelConfig) -> Accounts:
     """Assigns every array of the source to arrays of the result.
 
     Args:

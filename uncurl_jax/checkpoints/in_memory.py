@@ -52,7 +52,7 @@ def prune_in_memory(
     """
     start = time.monotonic()
     out = pruned.new_output(out)
-    reader = layout.StateReader(source)
+    reader = layout.open_reader(source)
     config = reader.checkpoint.model_config()
     fingerprint = pruned.check_source(reader, config, plan)
     layout.check_finite(reader)
@@ -78,7 +78,7 @@ def prune_in_memory(
 
 
 def _transformed(
-    reader: layout.StateReader,
+    reader: layout.ArrayReader,
     plan: PruningPlan,
     config: ModelConfig,
     accounts: Accounts,

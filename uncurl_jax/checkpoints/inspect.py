@@ -32,7 +32,7 @@ def describe(path: layout.PathLike | layout.CheckpointPath) -> dict[str, Any]:
     Raises:
       InputError: If the checkpoint does not resolve, or its arrays are not its architecture's.
     """
-    reader = layout.StateReader(path)
+    reader = layout.open_reader(path)
     checkpoint = reader.checkpoint
     config = checkpoint.model_config()
     layout.check_architecture(reader, config)

@@ -7,10 +7,13 @@ A checkpoint directory C holds
 
 which is T5X's layout plus three JSON files. Arrays are named by their keys joined with "/", for
 example "target/layers_0/moe/experts/wi"; the names of parameters leave out "target/".
+
+Wherever a checkpoint is read, "hf:DIR" is a directory of Hugging Face (`huggingface.checkpoint`).
 """
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import hashlib
@@ -41,6 +44,7 @@ TARGET = "target"
 MODEL_CONFIG_FILE = "model_config.json"
 PROVENANCE_FILE = "provenance.json"
 VOCABULARY_FILE = "vocabulary.json"
+HUGGING_FACE_PREFIX = "hf:"
 
 _FINGERPRINT_ELEMENTS = 2**20
 _READS_IN_FLIGHT = 4
@@ -185,7 +189,7 @@ def resolve(path: PathLike | CheckpointPath) -> CheckpointPath:
 
     Args:
       path: a checkpoint directory (its latest finished step is taken) or one of its
-        `checkpoint_<step>` directories; local or gs://.
+        `checkpoint_<step>` directories; local or gs://. Or "hf:DIR".
 
     Raises:
       InputError: If nothing is there, if it was not written by this package, or if the step (or
@@ -193,6 +197,10 @@ def resolve(path: PathLike | CheckpointPath) -> CheckpointPath:
     """
     if isinstance(path, CheckpointPath):
         return path
+    if os.fspath(path).startswith(HUGGING_FACE_PREFIX):
+        from uncurl_jax.checkpoints.huggingface import checkpoint
+
+        return checkpoint.resolve(path)
     path = epath.Path(path)
     if not path.is_dir():
         raise InputError(f"A checkpoint must be an existing directory, got {path}: check the path.")
@@ -223,8 +231,67 @@ def resolve(path: PathLike | CheckpointPath) -> CheckpointPath:
     return CheckpointPath(directory, steps[-1])
 
 
-class StateReader:
-    """Reads single arrays, or single experts, of a checkpoint through tensorstore."""
+class ArrayReader(abc.ABC):
+    """Reads single arrays, or single experts, of a checkpoint; made by `open_reader`.
+
+    Attributes:
+      checkpoint: what is read.
+      metadata: {name: (shape, dtype)} of all arrays.
+    """
+
+    checkpoint: CheckpointPath
+    metadata: dict[str, ArrayMetadata]
+
+    def parameters(self) -> dict[str, ArrayMetadata]:
+        """Returns {name without "target/": (shape, dtype)} of the parameters, sorted by name."""
+        prefix = f"{TARGET}/"
+        return {
+            name.removeprefix(prefix): entry
+            for name, entry in self.metadata.items()
+            if name.startswith(prefix)
+        }
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """Reads one array, or its part `index` along the first axis.
+
+        Raises:
+          InputError: If there is no such array, or the files are damaged.
+        """
+        return next(iter(self.stream([(name, index)])))
+
+    @abc.abstractmethod
+    def stream(self, requests: Iterable[tuple[str, int | None]]) -> Iterator[np.ndarray]:
+        """Reads many arrays in order, a few ahead of the consumer; arguments as for `read`."""
+
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """Returns a hash that differs between two saves, whatever the arrays; cheap."""
+
+    def _no_such_array(self, name: str) -> InputError:
+        return InputError(
+            f"An array must be one of the checkpoint's, got {name!r} for {self.checkpoint}: "
+            f"it holds {len(self.metadata)} arrays such as {list(self.metadata)[:3]}."
+        )
+
+
+def open_reader(path: PathLike | CheckpointPath | ArrayReader) -> ArrayReader:
+    """Opens a checkpoint of either format; InputError as in `resolve`, or if it is damaged."""
+    if isinstance(path, ArrayReader):
+        return path
+    checkpoint = resolve(path)
+    if str(checkpoint).startswith(HUGGING_FACE_PREFIX):
+        from uncurl_jax.checkpoints.huggingface.checkpoint import (
+            HuggingFaceCheckpoint,
+            HuggingFaceReader,
+        )
+
+        assert isinstance(checkpoint, HuggingFaceCheckpoint)
+        return HuggingFaceReader(checkpoint)
+    return StateReader(checkpoint)
+
+
+class StateReader(ArrayReader):
+    """Reads a checkpoint of this package's format through tensorstore."""
 
     def __init__(self, path: PathLike | CheckpointPath):
         """Opens the checkpoint; InputError as in `resolve`, or if it is not OCDBT + zarr v2."""
@@ -262,22 +329,10 @@ class StateReader:
             metadata[name] = ArrayMetadata(tuple(header["shape"]), _numpy_dtype(header["dtype"]))
         return metadata
 
-    def parameters(self) -> dict[str, ArrayMetadata]:
-        """Returns {name without "target/": (shape, dtype)} of the parameters, sorted by name."""
-        prefix = f"{TARGET}/"
-        return {
-            name.removeprefix(prefix): entry
-            for name, entry in self.metadata.items()
-            if name.startswith(prefix)
-        }
-
-    def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """Reads one array, or its part `index` along the first axis.
-
-        Raises:
-          InputError: If there is no such array, or the files are damaged.
-        """
-        return next(self.stream([(name, index)]))
+    def identity(self) -> str:
+        """Returns the hash of the database's manifest."""
+        manifest = (self.checkpoint.state_dir / "manifest.ocdbt").read_bytes()
+        return hashlib.sha256(manifest).hexdigest()
 
     def stream(self, requests: Iterable[tuple[str, int | None]]) -> Iterator[np.ndarray]:
         """Reads many arrays in order, a few ahead of the consumer; arguments as for `read`."""
@@ -294,10 +349,7 @@ class StateReader:
 
     def _start_read(self, name: str, index: int | None) -> tuple[str, Any]:
         if name not in self._keys:
-            raise InputError(
-                f"An array must be one of the checkpoint's, got {name!r} for {self.checkpoint}: "
-                f"it holds {len(self._keys)} arrays such as {list(self._keys)[:3]}."
-            )
+            raise self._no_such_array(name)
         spec = {"driver": "zarr", "kvstore": {**self._kvstore, "path": f"{self._keys[name]}/"}}
         array = self._result(ts.open(spec, open=True, read=True, context=self._context), name)
         return name, (array if index is None else array[index]).read()
@@ -318,15 +370,15 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 def array_metadata(path: PathLike | CheckpointPath) -> dict[str, ArrayMetadata]:
     """Returns {name: (shape, dtype)} of all arrays, without reading any of them."""
-    return StateReader(path).metadata
+    return open_reader(path).metadata
 
 
 def read_array(path: PathLike | CheckpointPath, name: str, index: int | None = None) -> np.ndarray:
     """Reads the array `name` ("target/..."), or only its expert `index`."""
-    return StateReader(path).read(name, index)
+    return open_reader(path).read(name, index)
 
 
-def fingerprint(path: PathLike | CheckpointPath | StateReader) -> str:
+def fingerprint(path: PathLike | CheckpointPath | ArrayReader) -> str:
     """Identifies a checkpoint's parameters at the cost of a small part of its bytes.
 
     SHA-256 over the names, shapes and dtypes of all parameters, the bytes of every parameter of
@@ -335,7 +387,7 @@ def fingerprint(path: PathLike | CheckpointPath | StateReader) -> str:
     dense matrix, or in experts other than the first, get the same value; steps of a training
     run do not, because norms, biases and routers differ too.
     """
-    reader = path if isinstance(path, StateReader) else StateReader(path)
+    reader = open_reader(path)
     parameters = reader.parameters()
     digest = hashlib.sha256()
     for name, (shape, dtype) in parameters.items():
@@ -352,14 +404,14 @@ def fingerprint(path: PathLike | CheckpointPath | StateReader) -> str:
 
 
 def check_architecture(
-    path: PathLike | CheckpointPath | StateReader, model_config: ModelConfig
+    path: PathLike | CheckpointPath | ArrayReader, model_config: ModelConfig
 ) -> None:
     """Checks that a checkpoint holds the parameters of a model, each with its shape, and no other.
 
     Raises:
       InputError: If not; lists the missing, the unknown and the misshapen parameters.
     """
-    reader = path if isinstance(path, StateReader) else StateReader(path)
+    reader = open_reader(path)
     stored = {name: entry.shape for name, entry in reader.parameters().items()}
     expected = expected_parameters(model_config)
     problems = differences(stored, expected)
@@ -371,7 +423,7 @@ def check_architecture(
 
 
 def find_nonfinite(
-    path: PathLike | CheckpointPath | StateReader,
+    path: PathLike | CheckpointPath | ArrayReader,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[NonFinite]:
@@ -384,7 +436,7 @@ def find_nonfinite(
     Returns:
       One entry for each parameter, or each expert of one, that is not finite.
     """
-    reader = path if isinstance(path, StateReader) else StateReader(path)
+    reader = open_reader(path)
     requests: list[tuple[str, int | None]] = []
     for name, (shape, _) in reader.parameters().items():
         indices = range(shape[0]) if is_expert_array(name) else [None]
@@ -401,12 +453,12 @@ def find_nonfinite(
 
 
 def check_finite(
-    path: PathLike | CheckpointPath | StateReader,
+    path: PathLike | CheckpointPath | ArrayReader,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Raises InputError naming every parameter, and expert, that holds NaN or infinity."""
-    reader = path if isinstance(path, StateReader) else StateReader(path)
+    reader = open_reader(path)
     found = find_nonfinite(reader, progress=progress)
     if found:
         raise InputError(

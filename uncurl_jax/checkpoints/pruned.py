@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import os
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,7 +51,7 @@ def new_output(out: layout.PathLike) -> epath.Path:
     return path
 
 
-def check_source(reader: layout.StateReader, config: ModelConfig, plan: PruningPlan) -> str:
+def check_source(reader: layout.ArrayReader, config: ModelConfig, plan: PruningPlan) -> str:
     """Returns the fingerprint of the checkpoint that a plan is of.
 
     Raises:
@@ -78,7 +77,7 @@ def check_source(reader: layout.StateReader, config: ModelConfig, plan: PruningP
 
 
 def make_provenance(
-    reader: layout.StateReader, fingerprint: str, plan: PruningPlan
+    reader: layout.ArrayReader, fingerprint: str, plan: PruningPlan
 ) -> dict[str, Any]:
     """Returns the provenance of a checkpoint pruned from `reader`'s, which has `fingerprint`."""
     checkpoint = reader.checkpoint
@@ -108,16 +107,14 @@ def versions() -> dict[str, str]:
 
 
 def journal_header(
-    reader: layout.StateReader, fingerprint: str, plan: PruningPlan
+    reader: layout.ArrayReader, fingerprint: str, plan: PruningPlan
 ) -> dict[str, Any]:
     """Returns what an interrupted prune must have in common with the one that goes on with it."""
-    manifest = (reader.checkpoint.state_dir / "manifest.ocdbt").read_bytes()
     return {
         "plan_hash": plan.hash,
-        "source": os.fspath(reader.checkpoint.step_directory),
+        "source": str(reader.checkpoint),
         "fingerprint": fingerprint,
-        # Another save of the source has another manifest, whatever the arrays.
-        "source_manifest": hashlib.sha256(manifest).hexdigest(),
+        "source_manifest": reader.identity(),
         "versions": versions(),
     }
 

@@ -94,7 +94,7 @@ def choose_workers(workers: int | None, plan: PruningPlan, config: ModelConfig) 
 
 
 def replay(
-    reader: layout.StateReader,
+    reader: layout.ArrayReader,
     plan: PruningPlan,
     config: ModelConfig,
     accounts: Accounts,
@@ -150,7 +150,7 @@ class _Source:
 
     def __init__(
         self,
-        reader: layout.StateReader,
+        reader: layout.ArrayReader,
         plan: PruningPlan,
         pieces: Sequence[Piece],
         seconds: Seconds,

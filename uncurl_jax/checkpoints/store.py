@@ -250,7 +250,7 @@ def restore(
     Raises:
       InputError: If the checkpoint's arrays are not those of the trees; lists the differences.
     """
-    reader = layout.StateReader(path)
+    reader = layout.open_reader(path)
     wanted: dict[str, Any] = {layout.TARGET: abstract_params}
     if abstract_param_states is not None:
         wanted["state"] = {"param_states": abstract_param_states}
@@ -258,7 +258,18 @@ def restore(
     leaves = {_name(path): leaf for path, leaf in entries}
     _check_restorable(reader, leaves, with_states=abstract_param_states is not None)
 
-    # Orbax sees the arrays alone; empty dicts come back with `structure`.
+    if isinstance(reader, layout.StateReader):
+        values = _restore_with_orbax(reader, leaves)
+    else:
+        arrays = reader.stream((name, None) for name in leaves)
+        values = [_placed(*pair) for pair in zip(arrays, leaves.values(), strict=True)]
+    tree = jax.tree_util.tree_unflatten(structure, values)
+    param_states = tree["state"]["param_states"] if abstract_param_states is not None else None
+    return Restored(reader.checkpoint.step, tree[layout.TARGET], param_states)
+
+
+def _restore_with_orbax(reader: layout.StateReader, leaves: Mapping[str, Any]) -> list[Any]:
+    # Orbax sees the arrays alone; empty dicts come back with the tree's structure.
     item: dict[str, Any] = {}
     restore_args: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -269,14 +280,20 @@ def restore(
             reader.checkpoint.state_dir,
             args=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True),
         )
-    values = [_get(restored, name) for name in leaves]
-    tree = jax.tree_util.tree_unflatten(structure, values)
-    param_states = tree["state"]["param_states"] if abstract_param_states is not None else None
-    return Restored(reader.checkpoint.step, tree[layout.TARGET], param_states)
+    return [_get(restored, name) for name in leaves]
+
+
+def _placed(array: np.ndarray, leaf: Any) -> Any:
+    """Casts an array, and puts it where the leaf says it is to be."""
+    array = array.astype(leaf.dtype)
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return array
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def _check_restorable(
-    reader: layout.StateReader, leaves: Mapping[str, Any], *, with_states: bool
+    reader: layout.ArrayReader, leaves: Mapping[str, Any], *, with_states: bool
 ) -> None:
     prefixes = (f"{layout.TARGET}/", "state/param_states/" if with_states else f"{layout.TARGET}/")
     stored = {

@@ -79,7 +79,7 @@ def prune_checkpoint(
     """
     start = time.monotonic()
     out = new_output(out)
-    reader = layout.StateReader(source)
+    reader = layout.open_reader(source)
     config = reader.checkpoint.model_config()
     fingerprint = pruned.check_source(reader, config, plan)
     accounts = account(reader, plan, config)
@@ -100,7 +100,7 @@ def prune_checkpoint(
             layout.write_json_at(work.result / name, value)
         layers = _layer_summaries(plan, accounts, work)
 
-    result = layout.StateReader(out)
+    result = layout.open_reader(out)
     before, after = reader.parameters(), result.parameters()
     return {
         "out": os.fspath(out),
@@ -123,7 +123,7 @@ def prune_checkpoint(
 class _Job(NamedTuple):
     """What is to be done."""
 
-    reader: layout.StateReader
+    reader: layout.ArrayReader
     plan: PruningPlan
     config: ModelConfig
     accounts: Accounts

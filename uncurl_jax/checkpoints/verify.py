@@ -111,9 +111,9 @@ def _entry(
 
 def _open(
     link: Link, made_from: Link, source: layout.PathLike | layout.CheckpointPath | None
-) -> tuple[layout.StateReader, layout.StateReader, PruningPlan]:
+) -> tuple[layout.ArrayReader, layout.ArrayReader, PruningPlan]:
     """Returns (pruned checkpoint, its source, plan), each that which the chain names."""
-    result = layout.StateReader(link.path)
+    result = layout.open_reader(link.path)
     if link.fingerprint is not None and layout.fingerprint(result) != link.fingerprint:
         raise InputError(
             f"A checkpoint of the chain must be what its successor was made from, got "
@@ -127,7 +127,7 @@ def _open(
             f"a plan {plan.hash} in {link.path}: the file was edited."
         )
     try:
-        reader = layout.StateReader(made_from.path if source is None else source)
+        reader = layout.open_reader(made_from.path if source is None else source)
     except InputError as error:
         raise InputError(
             f"Verifying {link.path} needs the checkpoint that it was pruned from: {error}"
@@ -142,8 +142,8 @@ def _open(
 
 
 def _compare(
-    result: layout.StateReader,
-    source: layout.StateReader,
+    result: layout.ArrayReader,
+    source: layout.ArrayReader,
     plan: PruningPlan,
     workers: int | None,
     progress: Progress | None,
@@ -173,7 +173,7 @@ def _compare(
 
 
 def _of_files(
-    result: layout.StateReader,
+    result: layout.ArrayReader,
     config: dict[str, Any],
     targets: Mapping[str, layout.ArrayMetadata],
 ) -> Iterator[dict[str, Any]]:
@@ -196,7 +196,7 @@ def _of_files(
 
 
 def _of_piece(
-    result: layout.StateReader, made: Replayed, recorded: Mapping[str, Any]
+    result: layout.ArrayReader, made: Replayed, recorded: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yields differences of one piece: of the stored arrays, then of the recorded hashes."""
     expert = made.piece.cluster
@@ -211,7 +211,7 @@ def _of_piece(
                 yield _difference(f"{pruned.HASHES_FILE}: {key}", expert, expected, entry)
 
 
-def _recorded_hashes(result: layout.StateReader) -> Mapping[str, Any]:
+def _recorded_hashes(result: layout.ArrayReader) -> Mapping[str, Any]:
     path = result.checkpoint.directory / pruned.HASHES_FILE
     return layout.read_json_at(path)["arrays"] if path.exists() else {}
 

@@ -32,11 +32,11 @@ class CheckpointWeights:
         Raises:
           InputError: If one does not resolve, or the routers of the two differ in shape.
         """
-        self.reader = layout.StateReader(checkpoint)
+        self.reader = layout.open_reader(checkpoint)
         self.config = self.reader.checkpoint.model_config()
         layout.check_architecture(self.reader, self.config)
         self.fingerprint = layout.fingerprint(self.reader)
-        self._base = None if base_checkpoint is None else layout.StateReader(base_checkpoint)
+        self._base = None if base_checkpoint is None else layout.open_reader(base_checkpoint)
         if self._base is not None:
             for layer in self.config.moe_layers:
                 name = self._name(layer, "router/kernel")
@@ -49,7 +49,7 @@ class CheckpointWeights:
                     )
 
     @property
-    def _both(self) -> list[layout.StateReader]:
+    def _both(self) -> list[layout.ArrayReader]:
         return [self.reader, *([self._base] if self._base is not None else [])]
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Vocabularies: text to token ids and back, with one convention for padding.
 
-Id 0 is padding in every vocabulary (SeqIO's convention): it starts each decoder input and fills
-rows up. Nothing is downloaded; a vocabulary is "bytes" or files that the caller names.
+Id 0 is padding (SeqIO's convention): it starts each decoder input and fills rows up. Tokenizers of
+Hugging Face have conventions of their own, see `huggingface_vocabulary`. Nothing is downloaded; a
+vocabulary is "bytes" or files that the caller names.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ _GPT2_END_OF_TEXT = "<|endoftext|>"
 
 
 class Vocabulary(abc.ABC):
-    """Maps text to ids in [0, size) and back; id 0 is padding and never stands for text.
+    """Maps text to ids in [0, size) and back; id 0 fills rows up.
 
     Attributes:
       name: "bytes" or the name of the vocabulary's file, for people.
       spec: what `load_vocabulary` needs to load it again.
       size: number of ids; embedding tables have at least that many rows.
       eos_id: id that ends a document or an answer.
+      bos_id: id that decoder inputs begin with, so that the first token of a row can be predicted;
+        None where the model knows no such id and sees rows from their second token on.
       hash: SHA-256 of the content; two vocabularies with one hash encode alike.
     """
 
@@ -35,11 +38,12 @@ class Vocabulary(abc.ABC):
     spec: str
     size: int
     eos_id: int
+    bos_id: int | None = PAD_ID
     hash: str
 
     @property
     def pad_id(self) -> int:
-        """The padding id, 0 in every vocabulary."""
+        """The id that rows are filled with, 0 in every vocabulary."""
         return PAD_ID
 
     @abc.abstractmethod
@@ -56,7 +60,10 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        """Returns the text of ids in [1, size) that hold no end-of-text id."""
+        """Returns the text of ids that stand for text and hold no end-of-text id."""
+
+    def _is_text(self, token: int) -> bool:
+        return PAD_ID < token < self.size
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text up to the first end-of-text id; padding and unknown ids are left out."""
@@ -65,7 +72,7 @@ class Vocabulary(abc.ABC):
             token = int(token)
             if token == self.eos_id:
                 break
-            if PAD_ID < token < self.size:
+            if self._is_text(token):
                 kept.append(token)
         return self._decode(kept)
 
@@ -219,7 +226,8 @@ def load_vocabulary(spec: str) -> Vocabulary:
 
     Args:
       spec: "bytes"; the path of a SentencePiece file ending in .model; a directory that holds
-        encoder.json and vocab.bpe (GPT-2); or those two paths joined by a comma.
+        tokenizer.json (Hugging Face), or encoder.json and vocab.bpe (GPT-2); or those two paths
+        joined by a comma.
 
     Returns:
       The vocabulary; its `.spec` loads it again.
@@ -235,11 +243,16 @@ def load_vocabulary(spec: str) -> Vocabulary:
         paths = [part.strip() for part in spec.split(",")]
         if len(paths) == 2:
             return Gpt2Vocabulary(*paths)
+    elif (Path(spec) / "tokenizer.json").is_file():
+        from uncurl_jax.data.huggingface_vocabulary import HuggingFaceVocabulary
+
+        return HuggingFaceVocabulary(spec)
     elif Path(spec).is_dir():
         return Gpt2Vocabulary(Path(spec) / "encoder.json", Path(spec) / "vocab.bpe")
     raise InputError(
-        f'A vocabulary must be "bytes", a .model file, a directory with encoder.json and '
-        f'vocab.bpe, or "encoder.json,vocab.bpe", got {spec!r}: check --vocabulary.'
+        'A vocabulary must be "bytes", a .model file, a directory with tokenizer.json or with '
+        'encoder.json and vocab.bpe, or "encoder.json,vocab.bpe", got '
+        f"{spec!r}: check --vocabulary."
     )
 
 

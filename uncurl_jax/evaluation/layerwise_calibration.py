@@ -31,7 +31,7 @@ from uncurl_jax.pruning.statistics import RouterStatistics
 
 
 def calibrate_layer_by_layer(
-    checkpoint: layout.PathLike | layout.StateReader,
+    checkpoint: layout.PathLike | layout.ArrayReader,
     cache: TokenCache,
     *,
     out: str | os.PathLike[str],
@@ -79,8 +79,7 @@ def calibrate_layer_by_layer(
             "on one host without jax.distributed."
         )
     out = refuse_existing(out)
-    is_reader = isinstance(checkpoint, layout.StateReader)
-    reader = checkpoint if is_reader else layout.StateReader(checkpoint)
+    reader = layout.open_reader(checkpoint)
     config = reader.checkpoint.model_config()
     check_request(
         reader.checkpoint,
@@ -91,6 +90,11 @@ def calibrate_layer_by_layer(
         collect=collect,
         sample_tokens=sample_tokens,
     )
+    if config.has_encoder:
+        raise InputError(
+            "A calibration layer by layer is of a decoder alone, got an encoder-decoder in "
+            f"{reader.checkpoint}: leave out --layer_by_layer; more devices hold a larger model."
+        )
     length = row_length(config, cache)
     batches = cache.sequential_batches(batch_size, length=length)
     layout.check_architecture(reader, config)

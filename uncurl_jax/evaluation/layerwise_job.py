@@ -61,7 +61,7 @@ class Job(NamedTuple):
       seconds: gets what each part takes.
     """
 
-    reader: layout.StateReader
+    reader: layout.ArrayReader
     config: ModelConfig
     batches: list[Batch]
     collect: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint directories: reading, writing, and which model families are known."""
