@@ -14,7 +14,7 @@ import re
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,10 @@ def parse(files: Sequence[str], bindings: Sequence[str], modules: Sequence[str])
         if not (name.strip() and separator and value.strip()):
             raise InputError(f"A gin binding must be --gin.NAME=VALUE, got --gin.{binding}.")
     texts = read_with_includes(files)
-    imports = _imports(texts, modules) if bindings else []
+    imports = _imports(texts.values(), modules)
     lines = [
         "from __gin__ import dynamic_registration",
-        *imports,
+        *(imports if bindings else ()),
         *(f"include '{file}'" for file in files),
         *bindings,
     ]
@@ -168,13 +168,14 @@ def _find_file(file: str) -> Path | None:
     return found[0] if found else None
 
 
-def read_with_includes(files: Sequence[str]) -> list[str]:
-    """Returns the texts of gin files and of those that they include.
+def read_with_includes(files: Sequence[str]) -> dict[str, str]:
+    """Returns {name: text} of gin files and of those that they include.
 
     Raises:
       InputError: If one does not exist.
     """
-    texts, seen = [], set()
+    texts: dict[str, str] = {}
+    seen = set()
     waiting = [(file, "") for file in files]
     while waiting:
         file, where = waiting.pop()
@@ -182,29 +183,39 @@ def read_with_includes(files: Sequence[str]) -> list[str]:
         if path is None:
             raise InputError(
                 f"A gin file must exist, got {file}{where}: give a path from here, or one that "
-                f"the package has, {_nearest(file, _shipped_files())}."
+                f"the package has, {nearest(file, _shipped_files())}."
             )
         if path not in seen:
             seen.add(path)
-            texts.append(path.read_text(encoding="utf-8"))
-            for number, line in enumerate(texts[-1].splitlines(), start=1):
+            texts[file] = path.read_text(encoding="utf-8")
+            for number, line in enumerate(texts[file].splitlines(), start=1):
                 included = re.match(r"include ['\"](.+)['\"]", line)
                 if included:
                     waiting.append((included[1], f" at {file}:{number}"))
     return texts
 
 
-def _imports(texts: Sequence[str], modules: Sequence[str]) -> list[str]:
+def imported_modules(text: str) -> dict[str, str]:
+    """Returns {name: module} of what a gin file imports, "from a import b" as {"b": "a.b"}."""
+    found = re.findall(r"^(?:from ([\w.]+) )?import (\w+)$", text, re.MULTILINE)
+    return {
+        name: f"{package}.{name}" if package else name
+        for package, name in found
+        if package != "__gin__"
+    }
+
+
+def _imports(texts: Iterable[str], modules: Sequence[str]) -> list[str]:
     """Returns import lines: of the modules, and what the gin files import."""
-    lines = {}
-    for module in modules:
-        package, _, name = module.rpartition(".")
-        lines[name] = f"from {package} import {name}"
+    found = {module.rpartition(".")[2]: module for module in modules}
     for text in texts:
-        for line in re.findall(r"^from [\w.]+ import \w+$", text, re.MULTILINE):
-            if "__gin__" not in line:
-                lines.setdefault(line.split()[-1], line)
-    return list(lines.values())
+        found = imported_modules(text) | found
+    return [_import_line(module) for module in found.values()]
+
+
+def _import_line(module: str) -> str:
+    package, _, name = module.rpartition(".")
+    return f"from {package} import {name}" if package else f"import {name}"
 
 
 def _shipped_files(folder: str = "*") -> list[str]:
@@ -213,7 +224,8 @@ def _shipped_files(folder: str = "*") -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in paths)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns the part of a sentence that names the nearest of what is known."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"nearest {', '.join(near)}" if near else f"known {', '.join(sorted(known))}"
 
@@ -223,26 +235,14 @@ def _parse_problem(error: Exception, bindings: Sequence[str], imports: Sequence[
     where = _where(text) or (f" in {', '.join(bindings)}" if bindings else "")
     parameter = re.search(r"Configurable '([\w./]+)' doesn't have a parameter named '(\w+)'", text)
     if parameter:
-        names = _parameters(parameter[1])
-        return (
-            f"A gin binding must name a parameter, got {parameter[1]}.{parameter[2]}{where}: "
-            f"{_nearest(parameter[2], names)}."
-        )
+        names = _parameters(parameter[1], imports)
+        return wrong_parameter(parameter[1], parameter[2], where, names)
     selector = re.search(r"Couldn't resolve selector ([\w./]+); <module '([\w.]+)'", text)
     if selector:
-        wanted = selector[1].rpartition(".")[2]
-        return (
-            f"A gin binding must name something of {selector[2]}, got {selector[1]}{where}: "
-            f"{_nearest(wanted, _own_names(selector[2]))}."
-        )
+        return wrong_selector(selector[2], selector[1], where, _own_names(selector[2]))
     symbol = re.match(r"'(\w+)' was not provided by an import statement", text)
     if symbol:
-        known = sorted(line.split()[-1] for line in imports)
-        remedy = f": {_nearest(symbol[1], known)}" if known else ": add the import to the file"
-        return (
-            f"A gin binding must begin with an imported module, got {symbol[1]}{where}{remedy}, "
-            "as module.name.parameter=value."
-        )
+        return wrong_module(symbol[1], where, sorted(line.split()[-1] for line in imports))
     required = re.search(r"([\w./]+?)(?:/macro\.value)? set to `%gin\.REQUIRED`", text)
     if required:
         return (
@@ -266,13 +266,40 @@ def _parse_problem(error: Exception, bindings: Sequence[str], imports: Sequence[
     return f"A gin configuration must parse, got {first}{where}: correct it."
 
 
+def wrong_module(module: str, where: str, known: Sequence[str]) -> str:
+    """Returns the sentence for a module that no gin file imports."""
+    remedy = nearest(module, known) if known else "add the import to the file"
+    return (
+        f"A gin binding must begin with an imported module, got {module}{where}: {remedy}, "
+        "as module.name.parameter=value."
+    )
+
+
+def wrong_parameter(selector: str, parameter: str, where: str, known: Sequence[str]) -> str:
+    """Returns the sentence for a function or class that has no such parameter."""
+    return (
+        f"A gin binding must name a parameter, got {selector}.{parameter}{where}: "
+        f"{nearest(parameter, known)}."
+    )
+
+
+def wrong_selector(module: str, selector: str, where: str, known: Sequence[str]) -> str:
+    """Returns the sentence for a module that has no such function or class."""
+    return (
+        f"A gin binding must name something of {module}, got {selector}{where}: "
+        f"{nearest(selector.rpartition('.')[2], known)}."
+    )
+
+
 def _own_names(module: str) -> list[str]:
-    """Names of the package's own functions and classes in a module."""
+    """Names of the functions and classes in a module that are of its own package."""
+    package = module.partition(".")[0]
     return [
         name
         for name, value in vars(importlib.import_module(module)).items()
         if not name.startswith("_")
-        and str(getattr(value, "__module__", "")).startswith(uncurl_jax.__name__)
+        and callable(value)
+        and str(getattr(value, "__module__", "")).partition(".")[0] == package
     ]
 
 
@@ -284,14 +311,19 @@ def _where(text: str) -> str:
     return f" in {line[1].strip()}" if line else ""
 
 
-def _parameters(selector: str) -> list[str]:
+def _parameters(selector: str, imports: Sequence[str]) -> list[str]:
     """Names of the parameters of a configurable that gin knows, [] if it cannot be found."""
     module, _, name = selector.rpartition(".")
-    for prefix in ("uncurl_jax.", ""):
-        for candidate in _modules_ending(prefix, module):
-            target = getattr(candidate, name, None)
-            if callable(target):
-                return list(inspect.signature(target).parameters)
+    imported = imported_modules("\n".join(imports)).get(module)
+    named = [sys.modules[imported]] if imported in sys.modules else []
+    for candidate in (
+        *named,
+        *_modules_ending("uncurl_jax.", module),
+        *_modules_ending("", module),
+    ):
+        target = getattr(candidate, name, None)
+        if callable(target):
+            return list(inspect.signature(target).parameters)
     return []
 
 
@@ -311,7 +343,7 @@ def _check_macros(bindings: Sequence[str]) -> None:
         name = binding.partition("=")[0].strip()
         if re.fullmatch(r"\w+", name) and name not in known:
             raise InputError(
-                f"A gin macro must be used by a gin file, got {name}: {_nearest(name, known)}."
+                f"A gin macro must be used by a gin file, got {name}: {nearest(name, known)}."
                 if known
                 else f"A gin macro must be used by a gin file, got {name}: give --gin_file."
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import gin
@@ -24,6 +26,8 @@ _ROOTS = (
     "checkpoints.transform.prune_checkpoint",
     "config.ModelConfig",
 )
+# The same of T5X, where files have imported it.
+_T5X_ROOTS = ("t5x.train.train", "t5x.eval.evaluate", "t5x.infer.infer")
 
 
 def resolved() -> dict[str, Any]:
@@ -33,9 +37,7 @@ def resolved() -> dict[str, Any]:
       InputError: If they bind nothing that a command runs.
     """
     found: dict[str, Any] = {}
-    for name in _ROOTS:
-        module, _, attribute = name.rpartition(".")
-        function = getattr(importlib.import_module(f"uncurl_jax.{module}"), attribute)
+    for name, function in _functions().items():
         if not bound(function):
             continue
         if isinstance(function, type):
@@ -52,6 +54,19 @@ def resolved() -> dict[str, Any]:
     return found
 
 
+def _functions() -> dict[str, Callable[..., Any]]:
+    found = {}
+    for name in (*_ROOTS, *_T5X_ROOTS):
+        module, _, attribute = name.rpartition(".")
+        if name in _T5X_ROOTS:
+            if module not in sys.modules:
+                continue
+        else:
+            module = f"uncurl_jax.{module}"
+        found[name] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
 def _plain(value: Any) -> Any:
     """Dataclasses as dicts that name their class; other objects by their representation."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -61,4 +76,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if callable(getattr(value, "describe", None)) and not isinstance(value, type):
+        return {"class": type(value).__name__, **_plain(value.describe())}
+    name = getattr(value, "__qualname__", None)
+    return repr(value) if name is None else f"{value.__module__}.{name}"

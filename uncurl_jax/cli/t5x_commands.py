@@ -61,25 +61,26 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare(name: str, options: Options, files: Sequence[str]) -> None:
-    """Makes T5X importable before gin files that import it are parsed.
+def prepare(name: str, options: Options, files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Makes T5X importable before gin files that import it are parsed, and finds typos in them.
 
     Raises:
-      InputError: If it is needed and cannot be found.
+      InputError: If T5X is needed and cannot be found, or a gin file or binding is mistyped.
     """
     source = options.pop("t5x_src", None)
-    is_runner = name == "t5x" and options["mode"] != "adopt"
-    is_shown = name == "gin" and _names_t5x(files)
-    if is_runner or is_shown:
-        from uncurl_jax.t5x_adapter.availability import make_importable
-
-        make_importable(source)
-
-
-def _names_t5x(files: Sequence[str]) -> bool:
+    if name not in ("t5x", "gin") or options.get("mode") == "adopt":
+        return
     from uncurl_jax.cli.gin_config import read_with_includes
 
-    return any(_T5X_IMPORT.search(text) for text in read_with_includes(files))
+    texts = read_with_includes(files)
+    if name == "gin" and not any(_T5X_IMPORT.search(text) for text in texts.values()):
+        return
+    from uncurl_jax.cli import commands, gin_static
+    from uncurl_jax.t5x_adapter import availability
+
+    availability.find(source)
+    gin_static.check(texts, bindings, commands.GIN_MODULES[name])
+    availability.make_importable(source)
 
 
 def t5x(options: Options) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -23,6 +24,16 @@ _REMEDY = (
 )
 
 
+def find(t5x_src: str | None = None) -> None:
+    """Finds T5X and imports nothing; arguments and errors as `make_importable`."""
+    source = t5x_src or os.environ.get(SOURCE_VARIABLE)
+    if source is not None:
+        _add_source(Path(source))
+    if importlib.util.find_spec("t5x") is None:
+        raise InputError(f"T5X must be importable, got no module t5x: {_REMEDY}.")
+    _check_jax()
+
+
 def make_importable(t5x_src: str | None = None) -> None:
     """Makes `import t5x` work, with stand-ins for airio and jestimator where they are missing.
 
@@ -33,12 +44,7 @@ def make_importable(t5x_src: str | None = None) -> None:
     Raises:
       InputError: If T5X, something that it imports, or a jax that it can use is missing.
     """
-    source = t5x_src or os.environ.get(SOURCE_VARIABLE)
-    if source is not None:
-        _add_source(Path(source))
-    if importlib.util.find_spec("t5x") is None:
-        raise InputError(f"T5X must be importable, got no module t5x: {_REMEDY}.")
-    _check_jax()
+    find(t5x_src)
     standins.install()
     try:
         with warnings.catch_warnings():
@@ -80,13 +86,11 @@ def _add_source(source: Path) -> None:
 
 
 def _check_jax() -> None:
-    import jax
-
-    version = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:2])
-    if version >= (0, 11):
+    found = importlib.metadata.version("jax")
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) >= (0, 11):
         raise InputError(
             f"T5X needs jax below 0.11, which took jax.experimental.pjit away, got jax "
-            f"{jax.__version__}: pip install 'uncurl_jax[t5x]' in an environment of Python 3.11."
+            f"{found}: pip install 'uncurl_jax[t5x]' in an environment of Python 3.11."
         )
 
 

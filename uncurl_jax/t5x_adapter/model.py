@@ -20,6 +20,7 @@ from flax.linen.partitioning import AxisMetadata
 from t5x import decoding, losses, metrics, models, optimizers
 
 from uncurl_jax.config import ModelConfig
+from uncurl_jax.data.seqio_vocabulary import from_seqio_vocabulary
 from uncurl_jax.errors import InputError
 from uncurl_jax.models.decoder import Decoder, moe_metrics
 from uncurl_jax.t5x_adapter.features import RowConverter
@@ -63,6 +64,7 @@ class SmoeDecoderModel(models.DecoderOnlyModel):
 
     Attributes:
       config: the architecture.
+      row_length: tokens that rows of inputs and targets are padded to.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class SmoeDecoderModel(models.DecoderOnlyModel):
           InputError: If the vocabulary is larger than the model's.
         """
         self.config = config
-        limit = min(row_length or config.max_length, config.max_length)
+        self.row_length = min(row_length or config.max_length, config.max_length)
         if vocabulary.vocab_size > config.vocab_size:
             raise InputError(
                 "model.vocab_size must be at least the vocabulary's size, got "
@@ -107,11 +109,24 @@ class SmoeDecoderModel(models.DecoderOnlyModel):
             vocabulary=vocabulary,
             optimizer_def=optimizer_def,
             decode_fn=decode_fn,
-            feature_converter_cls=functools.partial(RowConverter, limit),
+            feature_converter_cls=functools.partial(RowConverter, self.row_length),
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             loss_normalizing_factor=loss_normalizing_factor,
         )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the model was built with, for people: dataclasses, numbers and text."""
+        return {
+            "config": self.config,
+            "vocabulary": from_seqio_vocabulary(self.output_vocabulary).describe(),
+            "row_length": self.row_length,
+            "optimizer": None if self.optimizer_def is None else type(self.optimizer_def).__name__,
+            "mesh": None if self.module.mesh is None else dict(self.module.mesh.shape),
+            "label_smoothing": self._label_smoothing,
+            "z_loss": self._z_loss,
+            "loss_normalizing_factor": self._loss_normalizing_factor,
+        }
 
     def get_initial_variables(
         self,

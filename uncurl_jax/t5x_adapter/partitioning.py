@@ -46,6 +46,10 @@ class SmoePartitioner(t5x_partitioning.PjitPartitioner):
         """The (data, expert, model) mesh."""
         return self._smoe_mesh
 
+    def describe(self) -> dict[str, int]:
+        """Returns the sizes of the mesh axes, for people."""
+        return dict(self.mesh.shape)
+
     def get_mesh_axes(self, train_state: Any) -> Any:
         """Returns a copy of a train state with PartitionSpecs, or None, as leaves."""
         logical = self.get_logical_axes(train_state)
