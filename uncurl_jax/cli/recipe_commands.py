@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from uncurl_jax.cli.gin_config import bound, configured
 from uncurl_jax.errors import InputError
 
 GIN_MODULES = (
@@ -36,6 +35,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def recipes(options: dict[str, Any]) -> Any:
     """Runs the study for as long as it may and returns how far it is."""
+    from uncurl_jax.cli.gin_config import bound, configured
     from uncurl_jax.experiments.recipes import recipe_runner
 
     if "config" not in bound(recipe_runner.run_recipes):
