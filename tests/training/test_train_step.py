@@ -140,6 +140,19 @@ def test_eight_devices_train_the_losses_of_one(expert, model_axis, model, config
             assert [shardings[n].spec for n in moments] == [sharding.spec]
 
 
+def test_all_steps_on_a_mesh_are_one_program(model, config):
+    mesh = make_mesh(expert_partitions=2)
+    # Another length of schedule, so that no other test has made this program.
+    config = dataclasses.replace(config, num_steps=config.num_steps + 1)
+    step = train_step.make_train_step(model, config, mesh)
+    state = train_step.new_state(init_params(model, config.seed, mesh), config)
+    before = jax.tree.map(lambda array: array.sharding, state)
+    for index in range(2):
+        state, _ = step(state, place_batch(make_batch(index), mesh), config.seed)
+    assert step._cache_size() == 1
+    assert jax.tree.map(lambda array: array.sharding, state) == before
+
+
 def test_router_only_training_changes_nothing_but_router_kernels(model, config):
     config = dataclasses.replace(config, trainable="router")
     before = named(init_params(model, config.seed))

@@ -87,7 +87,7 @@ def build(
     groups = sorted({layout.token_shards for layout in layouts}) if is_compared else []
     for count in groups:
         makers[count, "one device"] = functools.partial(_forward_of_one_device, subject, count)
-    made = _make_all(makers)
+    made = make_all(makers)
     built = [
         _built(begun, {name: made[place, name] for name in begun.makers})
         for place, begun in enumerate(started)
@@ -145,11 +145,10 @@ def _built(begun: _Started, made: Mapping[str, Any]) -> Built:
 
 
 def _forward_of_one_device(subject: Subject, num_groups: int) -> Forward:
-    """Compiles it for parameters that are not there yet: beside the others they might not fit."""
+    """Compiles it for one group's rows, and parameters that might not fit beside the others."""
     abstract = bench_programs.abstract_serving_params(subject.model.config)
-    return bench_programs.compile_forward(
-        subject.model.config, abstract, subject.tokens, None, None, num_groups
-    )
+    rows = np.split(subject.tokens, num_groups)[0]
+    return bench_programs.compile_forward(subject.model.config, abstract, rows, None, None)
 
 
 def _layer_makers(
@@ -179,7 +178,7 @@ def _layer_makers(
     return makers
 
 
-def _make_all(makers: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+def make_all(makers: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
     """Calls all at once: they mostly wait for the compiler, which leaves other threads running."""
     threads = min(len(makers), len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:

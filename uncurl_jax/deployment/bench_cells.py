@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.deployment import bench_programs, collectives
-from uncurl_jax.deployment.bench_build import Built, Subject, build
+from uncurl_jax.deployment.bench_build import Built, Subject, build, make_all
 from uncurl_jax.deployment.bench_decoding import padded_rows
 from uncurl_jax.deployment.bench_programs import Forward, LayerKind, Reference
 from uncurl_jax.deployment.bench_settings import Layout
@@ -54,8 +56,8 @@ def measure(
             return [{**base, "status": "out_of_memory", "message": str(error)}]
         return [cell for layout in layouts for cell in measure(subject, [layout], reference)]
     if subject.settings.has_training:
-        for cell, layout in zip(cells, layouts, strict=True):
-            cell["training"] = _measure_training(subject, layout)
+        for cell, found in zip(cells, _measure_training(subject, layouts), strict=True):
+            cell["training"] = found
     return cells
 
 
@@ -215,14 +217,22 @@ def _split(kinds: Sequence[LayerKind], timings: Mapping[str, Timing]) -> dict[st
 def _logits_of_one_device(
     subject: Subject, programs: Mapping[int, Forward]
 ) -> dict[int, np.ndarray] | str:
-    """Logits to compare with, by number of token groups; a sentence if one device is too small."""
+    """Logits to compare with, by number of token groups; a sentence if one device is too small.
+
+    One device takes the groups one after the other, so that its products have the shapes that each
+    of several devices has: compilers choose kernels by shape, and kernels round differently.
+    """
 
     def compute() -> dict[int, np.ndarray]:
         params = bench_programs.serving_params(subject.model, None, None, subject.settings.seed)
-        return {
-            groups: forward._replace(params=params).compared_logits()
-            for groups, forward in programs.items()
-        }
+        found = {}
+        for shards, forward in programs.items():
+            parts = [
+                forward._replace(params=params, inputs=jnp.asarray(rows)).compared_logits()
+                for rows in np.split(subject.tokens, shards)
+            ]
+            found[shards] = np.concatenate(parts)
+        return found
 
     try:
         return in_memory(compute)
@@ -305,25 +315,46 @@ def _memory(built: Built) -> dict[str, Any] | None:
     }
 
 
-def _measure_training(subject: Subject, layout: Layout) -> dict[str, Any]:
+def _measure_training(subject: Subject, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
+    """Compiles the steps of all layouts at once and times one after the other: states are large."""
     # Not above: its imports need packages that nothing else here does.
-    from uncurl_jax.deployment.bench_training import training_step
+    from uncurl_jax.deployment.bench_training import compile_step, training_step
 
     model, count, settings = subject
+    meshes = {layout: layout.make_mesh(jax.devices()[:count]) for layout in layouts}
+    compiled = make_all(
+        {
+            layout: functools.partial(
+                _or_message,
+                functools.partial(compile_step, model, layout, mesh, count, settings),
+            )
+            for layout, mesh in meshes.items()
+        }
+    )
 
-    def work() -> dict[str, Any]:
-        mesh = layout.make_mesh(jax.devices()[:count])
-        step = training_step(model, layout, mesh, count, settings)
+    def work(layout: Layout) -> dict[str, Any]:
+        step = training_step(compiled[layout], model, layout, meshes[layout], count, settings)
         timing = time_alternatives(
             {"training": step.alternative},
             repeats=settings.repeats,
-            # The second step may compile again: the first has its state from elsewhere.
-            warmup=max(2, settings.warmup),
+            warmup=settings.warmup,
             seed=settings.seed,
         )["training"]
         return {"status": "measured", **timing.to_json(), **step.rates(timing.seconds)}
 
+    found = []
+    for layout in layouts:
+        result = compiled[layout]
+        if not isinstance(result, str):
+            result = _or_message(functools.partial(work, layout))
+        is_lost = isinstance(result, str)
+        found.append({"status": "out_of_memory", "message": result} if is_lost else result)
+    return found
+
+
+def _or_message(work: Callable[[], Any]) -> Any:
+    """Returns what `work` does, or the message of running out of device memory."""
     try:
         return in_memory(work)
     except OutOfMemoryError as error:
-        return {"status": "out_of_memory", "message": str(error)}
+        return str(error)

@@ -213,11 +213,10 @@ def compile_forward(
     tokens: np.ndarray,
     mesh: Mesh | None,
     layout: Layout | None,
-    num_groups: int | None = None,
 ) -> Forward:
     """Compiles the forward pass with logits of every token."""
     axes = None if layout is None else layout.expert_axes
-    decoder = Decoder(config, mesh, num_groups, axes)
+    decoder = Decoder(config, mesh, None, axes)
 
     def forward(params: Params, inputs: jax.Array) -> jax.Array:
         return decoder.apply({"params": params}, inputs)  # pyright: ignore[reportReturnType]

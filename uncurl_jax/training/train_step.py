@@ -20,7 +20,7 @@ from uncurl_jax.models.decoder import (
     moe_metrics,
     select_targets,
 )
-from uncurl_jax.partitioning import ExpertAxes
+from uncurl_jax.partitioning import ExpertAxes, replicated
 from uncurl_jax.training import distillation, losses, optimizer
 
 
@@ -64,7 +64,20 @@ def new_state(params: Params, config: TrainConfig) -> TrainState:
     transformation = _optimizer_of(config)
     shardings = _state_shardings(jax.eval_shape(transformation.init, params), params)
     opt_state = jax.jit(transformation.init, out_shardings=shardings)(params)
-    return TrainState(jnp.int32(config.begin_step), params, opt_state)
+    return TrainState(step_counter(config.begin_step, params), params, opt_state)
+
+
+def step_counter(step: int, params: Params) -> jax.Array:
+    """Returns an int32 scalar on all devices of the parameters.
+
+    That is where the compiled step leaves it; from elsewhere the second step would be another
+    program than the first, and compiled too.
+    """
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    everywhere = None
+    if isinstance(sharding, NamedSharding):
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(lambda: jnp.int32(step), out_shardings=everywhere)()
 
 
 def _state_shardings(abstract_opt_state: Any, params: Params) -> Any:
@@ -259,4 +272,16 @@ def _compiled_step(
         params = cast(Params, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    shardings = None
+    if mesh is not None:
+        # The state goes in and comes out alike, so that one program takes all steps.
+        params = abstract_params(model, mesh, expert_axes)
+        opt_state = jax.eval_shape(transformation.init, params)
+        shardings = TrainState._make(
+            [
+                replicated(mesh),
+                jax.tree.map(lambda array: array.sharding, params),
+                _state_shardings(opt_state, params),
+            ]
+        )
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -381,7 +381,9 @@ def _first_state(run: _Run, latest_step: int | None) -> train_step.TrainState:
     if latest_step is not None and not config.keep_optimizer_state and _is_last(run, latest_step):
         # Killed between its last checkpoint, which has no optimizer state, and its summary.
         params = load_model(run.out, mesh, config.expert_axes).params
-        return train_step.new_state(params, config)._replace(step=jnp.int32(latest_step))
+        return train_step.new_state(params, config)._replace(
+            step=train_step.step_counter(latest_step, params)
+        )
     if latest_step is not None:
         params, opt_state = train_step.abstract_state(run.model, config, mesh)
         restored = store.restore(
@@ -390,7 +392,8 @@ def _first_state(run: _Run, latest_step: int | None) -> train_step.TrainState:
             abstract_param_states=train_step.state_dict(opt_state),
         )
         values = train_step.from_state_dict(opt_state, restored.param_states)
-        state = train_step.TrainState(jnp.int32(restored.step), restored.params, values)
+        counter = train_step.step_counter(restored.step, restored.params)
+        state = train_step.TrainState(counter, restored.params, values)
         return jax.tree.map(jnp.asarray, state) if mesh is None else state
     if run.initial is not None:
         params = load_model(run.initial, mesh, config.expert_axes).params
