@@ -125,6 +125,36 @@ def account(reader: layout.ArrayReader, plan: PruningPlan, config: ModelConfig) 
     return Accounts(pieces, targets, routers, tuple(left_out))
 
 
+def account_copy(reader: layout.ArrayReader, dtype: np.dtype | None = None) -> Accounts:
+    """Assigns every array of a checkpoint to itself.
+
+    Args:
+      reader: the checkpoint, which holds the arrays of its architecture.
+      dtype: what numbers become; None leaves them as they are.
+    """
+    targets = {STEP: layout.ArrayMetadata((), np.dtype(np.int32))}
+    others: list[str] = []
+    experts: dict[int, list[str]] = {}
+    for key, (shape, stored) in reader.metadata.items():
+        if key.startswith(f"{layout.TARGET}/"):
+            targets[key] = layout.ArrayMetadata(shape, stored if dtype is None else dtype)
+            match = _LAYER_NAME.fullmatch(key)
+            if match is not None and match[2] == "experts":
+                experts.setdefault(int(match[1]), []).append(key)
+            else:
+                others.append(key)
+    pieces = [*_batches(others, targets)]
+    for layer, keys in sorted(experts.items()):
+        for z in range(targets[keys[0]].shape[0]):
+            pieces.append(Piece(_expert_name(layer, z), tuple(keys), layer, z, (z,)))
+    left_out = tuple(key for key in reader.metadata if key not in targets)
+    return Accounts(tuple(pieces), targets, {}, left_out)
+
+
+def _expert_name(layer: int, expert: int) -> str:
+    return f"{layout.TARGET}/layers_{layer}/moe/experts expert {expert}"
+
+
 def _batches(keys: list[str], targets: dict[str, layout.ArrayMetadata]) -> Iterator[Piece]:
     """Puts small arrays together, since every piece costs a commit to disk."""
     batch: list[str] = []
@@ -146,5 +176,4 @@ def _experts(experts: dict[int, list[str]], plan: PruningPlan) -> Iterator[Piece
         decided = plan.layer(layer)
         for cluster in range(decided.num_clusters):
             members = tuple(z for z, label in enumerate(decided.labels) if label == cluster)
-            name = f"{layout.TARGET}/layers_{layer}/moe/experts expert {cluster}"
-            yield Piece(name, tuple(keys), layer, cluster, members)
+            yield Piece(_expert_name(layer, cluster), tuple(keys), layer, cluster, members)

@@ -45,6 +45,8 @@ MODEL_CONFIG_FILE = "model_config.json"
 PROVENANCE_FILE = "provenance.json"
 VOCABULARY_FILE = "vocabulary.json"
 HUGGING_FACE_PREFIX = "hf:"
+# Of a checkpoint that was imported: its config.json and tokenizer (see `companions`).
+COMPANION_DIRECTORY = "huggingface"
 
 _FINGERPRINT_ELEMENTS = 2**20
 _READS_IN_FLIGHT = 4
@@ -112,8 +114,15 @@ class CheckpointPath:
         return read_json_at(self.directory / PROVENANCE_FILE)
 
     def vocabulary(self) -> dict[str, Any]:
-        """Returns {name, spec, size, hash}; InputError if the file is missing."""
-        return read_json_at(self.directory / VOCABULARY_FILE)
+        """Returns {name, spec, size, hash}; InputError if the file is missing.
+
+        The spec of an imported checkpoint is the tokenizer that it carries, wherever it is.
+        """
+        record = read_json_at(self.directory / VOCABULARY_FILE)
+        carried = self.directory / COMPANION_DIRECTORY
+        if (carried / "tokenizer.json").exists():
+            record["spec"] = os.fspath(carried)
+        return record
 
     def __str__(self) -> str:
         """Returns the path of the step's directory."""

@@ -80,10 +80,22 @@ def make_provenance(
     reader: layout.ArrayReader, fingerprint: str, plan: PruningPlan
 ) -> dict[str, Any]:
     """Returns the provenance of a checkpoint pruned from `reader`'s, which has `fingerprint`."""
+    return {
+        **source_provenance("prune", reader, fingerprint),
+        "plan_hash": plan.hash,
+        "plan": plan.to_dict(),
+        "versions": versions(),
+    }
+
+
+def source_provenance(
+    created_by: str, reader: layout.ArrayReader, fingerprint: str
+) -> dict[str, Any]:
+    """Returns the part of a provenance that says what a checkpoint was made from, and when."""
     checkpoint = reader.checkpoint
     source_file = checkpoint.directory / layout.PROVENANCE_FILE
     return {
-        "created_by": "prune",
+        "created_by": created_by,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": {
             "path": str(checkpoint),
@@ -91,9 +103,6 @@ def make_provenance(
             "fingerprint": fingerprint,
             "provenance": checkpoint.provenance() if source_file.exists() else None,
         },
-        "plan_hash": plan.hash,
-        "plan": plan.to_dict(),
-        "versions": versions(),
     }
 
 
@@ -106,12 +115,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def journal_header(
-    reader: layout.ArrayReader, fingerprint: str, plan: PruningPlan
-) -> dict[str, Any]:
-    """Returns what an interrupted prune must have in common with the one that goes on with it."""
+def journal_header(reader: layout.ArrayReader, fingerprint: str, **decided: Any) -> dict[str, Any]:
+    """Returns what interrupted work must have in common with the work that goes on with it.
+
+    Args:
+      reader: the source.
+      fingerprint: its.
+      **decided: JSON-compatible; what else decides the result.
+    """
     return {
-        "plan_hash": plan.hash,
+        **decided,
         "source": str(reader.checkpoint),
         "fingerprint": fingerprint,
         "source_manifest": reader.identity(),
@@ -125,9 +138,12 @@ def array_hash(array: np.ndarray) -> str:
     return hashlib.sha256(contiguous.view(np.uint8).data).hexdigest()
 
 
-def hashes_record(plan: PruningPlan, arrays: Mapping[str, str | list[str]]) -> dict[str, Any]:
-    """Returns the content of `HASHES_FILE`."""
-    return {"algorithm": "sha256", "plan_hash": plan.hash, "arrays": dict(sorted(arrays.items()))}
+def hashes_record(
+    plan: PruningPlan | None, arrays: Mapping[str, str | list[str]]
+) -> dict[str, Any]:
+    """Returns the content of `HASHES_FILE`; there is no plan for what was converted."""
+    made_by = {} if plan is None else {"plan_hash": plan.hash}
+    return {"algorithm": "sha256", **made_by, "arrays": dict(sorted(arrays.items()))}
 
 
 def stage(progress: Progress | None, name: str) -> Callable[[int, int], None]:

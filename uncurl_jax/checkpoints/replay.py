@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import time
@@ -68,6 +69,15 @@ class Seconds:
     assignments: float = 0.0
     merge: float = 0.0
     write: float = 0.0
+
+    @contextlib.contextmanager
+    def add(self, name: str) -> Iterator[None]:
+        """Adds the time that the body takes."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.monotonic() - start)
 
 
 def choose_workers(workers: int | None, plan: PruningPlan, config: ModelConfig) -> int:
@@ -168,9 +178,8 @@ class _Source:
         """Returns {last part of the key, or the key itself without `index`: array}, checked."""
         arrays = {}
         for key in piece.keys:
-            start = time.monotonic()
-            array = next(self._arrays)
-            self._seconds.read += time.monotonic() - start
+            with self._seconds.add("read"):
+                array = next(self._arrays)
             if not np.isfinite(array).all():
                 # Raises, and names every parameter and expert that is not finite.
                 layout.check_finite(self._reader)

@@ -7,35 +7,31 @@ where it stopped and gives the same arrays.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from uncurl_jax.checkpoints import layout, pruned
-from uncurl_jax.checkpoints.accounting import STEP, Accounts, account, pruned_config
-from uncurl_jax.checkpoints.parameters import is_expert_array
-from uncurl_jax.checkpoints.pruned import Progress, array_hash, new_output, stage
-from uncurl_jax.checkpoints.replay import Replayed, Seconds, choose_workers, replay
-from uncurl_jax.checkpoints.state_writer import (
-    StateWriter,
-    create_state,
-    num_bytes,
-    num_elements,
-    remove_unreferenced,
+from uncurl_jax.checkpoints.accounting import Accounts, account, pruned_config
+from uncurl_jax.checkpoints.pruned import Progress, new_output, stage
+from uncurl_jax.checkpoints.replay import Seconds, choose_workers, replay
+from uncurl_jax.checkpoints.sinks import (
+    NewCheckpoint,
+    build,
+    make_sink,
+    open_result,
+    peak_resident_bytes,
+    recorded_hashes,
 )
+from uncurl_jax.checkpoints.state_writer import num_bytes, num_elements
 from uncurl_jax.checkpoints.work_directory import WorkDirectory, open_work_directory
-from uncurl_jax.config import ModelConfig
 from uncurl_jax.pruning.plan import PruningPlan
 
 __all__ = ["Progress", "prune_checkpoint"]
-
-# So that a result is never taken for a step that training went on from.
-_STEP = 0
 
 
 def prune_checkpoint(
@@ -44,6 +40,8 @@ def prune_checkpoint(
     out: layout.PathLike,
     *,
     workers: int | None = None,
+    file_format: str = "uncurl",
+    max_shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Carries out a pruning plan on a checkpoint, in little memory.
@@ -60,6 +58,8 @@ def prune_checkpoint(
         means nothing for merged experts.
       workers: processes for the alignment; 0 works in this one, None chooses. The result is the
         same.
+      file_format: "uncurl", this package's, or "hf", a directory of transformers; local only.
+      max_shard_bytes: of "hf", the largest file; None is 5 GB.
       progress: called with ("prune", done, total), which count experts and batches of arrays read.
 
     Returns:
@@ -73,8 +73,8 @@ def prune_checkpoint(
 
     Raises:
       InputError: If `out` exists, the plan is of another checkpoint, the checkpoint's arrays are
-        not its architecture's or not finite, or an interrupted prune of another plan is in the
-        way; no new file is left then.
+        not its architecture's or not finite, the format cannot express the result, or an
+        interrupted prune of another plan is in the way; no new file is left then.
       RuntimeError: If it runs under `jax.distributed` with several processes, or a worker died.
     """
     start = time.monotonic()
@@ -84,23 +84,28 @@ def prune_checkpoint(
     fingerprint = pruned.check_source(reader, config, plan)
     accounts = account(reader, plan, config)
     workers = choose_workers(workers, plan, config)
-    records = {
-        layout.VOCABULARY_FILE: reader.checkpoint.vocabulary(),
-        layout.PROVENANCE_FILE: pruned.make_provenance(reader, fingerprint, plan),
-    }
+    new = NewCheckpoint(
+        reader.checkpoint,
+        pruned_config(config, plan),
+        accounts.targets,
+        pruned.make_provenance(reader, fingerprint, plan),
+    )
+    sink = make_sink(new, file_format, max_shard_bytes)
     seconds = Seconds()
-    job = _Job(reader, plan, config, accounts, workers)
-    with open_work_directory(out, pruned.journal_header(reader, fingerprint, plan)) as work:
+    make = functools.partial(
+        replay, reader, plan, config, accounts, workers=workers, seconds=seconds
+    )
+    header = pruned.journal_header(
+        reader, fingerprint, plan_hash=plan.hash, format=file_format, shard_bytes=max_shard_bytes
+    )
+    with open_work_directory(out, header, key=plan.hash) as work:
         resumed = len(work.done)
-        _write_state(job, work, seconds, progress)
-        records[pruned.HASHES_FILE] = pruned.hashes_record(plan, _hashes(job, work))
-        # Last, because it is the one that makes the directory a checkpoint.
-        records[layout.MODEL_CONFIG_FILE] = pruned_config(config, plan).to_dict()
-        for name, value in records.items():
-            layout.write_json_at(work.result / name, value)
+        build(sink, work, accounts, make, seconds=seconds, report=stage(progress, "prune"))
+        hashes = pruned.hashes_record(plan, recorded_hashes(accounts.pieces, work))
+        sink.finish(work.result, hashes)
         layers = _layer_summaries(plan, accounts, work)
 
-    result = layout.open_reader(out)
+    result = open_result(out, file_format, new.config)
     before, after = reader.parameters(), result.parameters()
     return {
         "out": os.fspath(out),
@@ -116,99 +121,8 @@ def prune_checkpoint(
         "seconds": round(time.monotonic() - start, 3),
         "parts": {name: round(value, 3) for name, value in vars(seconds).items()},
         "workers": workers,
-        "peak_resident_bytes": _peak_resident_bytes(),
+        "peak_resident_bytes": peak_resident_bytes(),
     }
-
-
-class _Job(NamedTuple):
-    """What is to be done."""
-
-    reader: layout.ArrayReader
-    plan: PruningPlan
-    config: ModelConfig
-    accounts: Accounts
-    workers: int
-
-
-def _write_state(
-    job: _Job, work: WorkDirectory, seconds: Seconds, progress: Progress | None
-) -> None:
-    """Writes every piece that is not on disk yet."""
-    step_directory = work.result / f"{layout.CHECKPOINT_PREFIX}_{_STEP}"
-    if not work.is_created:
-        create_state(step_directory, job.accounts.targets)
-        StateWriter(step_directory).write({STEP: np.asarray(_STEP, np.int32)}).result()
-        work.mark_created()
-    elif not layout.is_remote(step_directory):
-        remove_unreferenced(step_directory)
-    writer = _RecordingWriter(StateWriter(step_directory), work, seconds)
-    report = stage(progress, "prune")
-    total = sum(piece.size for piece in job.accounts.pieces)
-    missing = [piece for piece in job.accounts.pieces if piece.name not in work.done]
-    done = total - sum(piece.size for piece in missing)
-    report(done, total)
-    pieces = replay(
-        job.reader,
-        job.plan,
-        job.config,
-        job.accounts,
-        missing,
-        workers=job.workers,
-        seconds=seconds,
-    )
-    with contextlib.closing(pieces), contextlib.closing(writer):
-        for made in pieces:
-            writer.write(made)
-            done += made.piece.size
-            report(done, total)
-    left = [piece.name for piece in job.accounts.pieces if piece.name not in work.done]
-    assert not left, f"pieces that were not made: {left}"
-
-
-class _RecordingWriter:
-    """Writes pieces, each while the next is being made, and records those that are on disk."""
-
-    def __init__(self, writer: StateWriter, work: WorkDirectory, seconds: Seconds):
-        self._writer = writer
-        self._work = work
-        self._seconds = seconds
-        self._unrecorded: tuple[Any, str, dict[str, Any]] | None = None
-
-    def write(self, made: Replayed) -> None:
-        start = time.monotonic()
-        record = {
-            "hashes": {key: array_hash(array) for key, array in made.arrays.items()},
-            "similarities": [list(similarity) for similarity in made.similarities],
-        }
-        self._record()
-        future = self._writer.write(made.arrays, made.piece.cluster)
-        self._unrecorded = future, made.piece.name, record
-        self._seconds.write += time.monotonic() - start
-
-    def close(self) -> None:
-        """Returns when all is on disk and recorded; also after an error nothing is under way."""
-        start = time.monotonic()
-        self._record()
-        self._seconds.write += time.monotonic() - start
-
-    def _record(self) -> None:
-        if self._unrecorded is not None:
-            future, name, record = self._unrecorded
-            future.result()
-            self._work.record(name, **record)
-            self._unrecorded = None
-
-
-def _hashes(job: _Job, work: WorkDirectory) -> dict[str, str | list[str]]:
-    """Returns {key: hash}, for expert arrays a list with one for each expert."""
-    hashes: dict[str, Any] = {STEP: array_hash(np.asarray(_STEP, np.int32))}
-    for piece in job.accounts.pieces:
-        for key, value in work.done[piece.name]["hashes"].items():
-            if is_expert_array(key):
-                hashes.setdefault(key, []).append(value)
-            else:
-                hashes[key] = value
-    return hashes
 
 
 def _layer_summaries(
@@ -234,13 +148,3 @@ def _mean_similarity(similarities: list[list[float]]) -> Mapping[str, float] | N
         return None
     before, after = np.mean(similarities, axis=0)
     return {"before": float(before), "after": float(after)}
-
-
-def _peak_resident_bytes() -> int | None:
-    # Not resource.getrusage: its maximum includes what the parent had before the exec.
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    return peaks[0] if peaks else None

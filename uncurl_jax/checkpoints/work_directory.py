@@ -1,6 +1,6 @@
-"""Where a prune builds its result, so that one that was killed goes on where it stopped.
+"""Where a prune or a conversion builds its result, so that a killed one goes on where it stopped.
 
-    .<out>.<plan hash>.partial/
+    .<out>.<key>.partial/
         lock            held while a process works here
         journal.jsonl   first what is built, then one line for each piece that is on disk
         checkpoint/     the result; renamed to <out> when it is whole
@@ -66,7 +66,9 @@ class WorkDirectory:
 
 
 @contextlib.contextmanager
-def open_work_directory(out: epath.Path, header: Mapping[str, Any]) -> Iterator[WorkDirectory]:
+def open_work_directory(
+    out: epath.Path, header: Mapping[str, Any], *, key: str, work_name: str = "prune"
+) -> Iterator[WorkDirectory]:
     """Yields the directory to build `out` in, and gives it its name when the body succeeds.
 
     After a kill, or an error of the environment (a full disk), what has been built stays and the
@@ -74,7 +76,9 @@ def open_work_directory(out: epath.Path, header: Mapping[str, Any]) -> Iterator[
 
     Args:
       out: the result's place; must not exist.
-      header: JSON-compatible; what decides the result. "plan_hash" is part of it.
+      header: JSON-compatible; what decides the result.
+      key: hash of what the user decided, as a plan's.
+      work_name: what is done, for messages.
 
     Raises:
       InputError: If `out` exists, another process is building it, or what a killed prune left is
@@ -85,16 +89,16 @@ def open_work_directory(out: epath.Path, header: Mapping[str, Any]) -> Iterator[
         yield WorkDirectory(out, None, [])
         return
     place = Path(out)
-    work = place.parent / f".{place.name}.{header['plan_hash'][:12]}{PARTIAL_SUFFIX}"
-    _refuse_others(place, work)
+    work = place.parent / f".{place.name}.{key[:12]}{PARTIAL_SUFFIX}"
+    _refuse_others(place, work, work_name)
     work.mkdir(parents=True, exist_ok=True)
     with (work / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
-                f"One process at a time may prune to {place}, got another one at work in {work}: "
-                "wait for it."
+                f"One process at a time may {work_name} to {place}, got another one at work in "
+                f"{work}: wait for it."
             ) from None
         journal = work / _JOURNAL
         if not (work / _RESULT).exists():
@@ -103,7 +107,7 @@ def open_work_directory(out: epath.Path, header: Mapping[str, Any]) -> Iterator[
         if not lines:
             append_json_line(journal, dict(header))
         elif lines[0] != header:
-            raise InputError(_other_header(work, lines[0], header))
+            raise InputError(_other_header(work, lines[0], header, work_name))
         directory = WorkDirectory(epath.Path(work / _RESULT), journal, lines[1:])
         if not directory.is_created:
             shutil.rmtree(work / _RESULT, ignore_errors=True)
@@ -118,7 +122,7 @@ def open_work_directory(out: epath.Path, header: Mapping[str, Any]) -> Iterator[
         shutil.rmtree(work)
 
 
-def _refuse_others(place: Path, work: Path) -> None:
+def _refuse_others(place: Path, work: Path, work_name: str) -> None:
     if not place.parent.is_dir():
         return
     for entry in place.parent.iterdir():
@@ -130,14 +134,16 @@ def _refuse_others(place: Path, work: Path) -> None:
             and (entry / _RESULT).exists()
         ):
             raise InputError(
-                f"An interrupted prune goes on with the plan it began with, got a plan other than "
-                f"that of {entry}: give the same plan again, or remove that directory."
+                f"An interrupted {work_name} goes on with the plan and options it began with, got "
+                f"a plan other than that of {entry}: give the same again, or remove that directory."
             )
 
 
-def _other_header(work: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> str:
+def _other_header(
+    work: Path, found: Mapping[str, Any], header: Mapping[str, Any], work_name: str
+) -> str:
     names = sorted(n for n in found.keys() | header.keys() if found.get(n) != header.get(n))
     return (
-        f"An interrupted prune goes on with the source and packages it began with, got another "
-        f"{', '.join(names)} than {work}: give the same again, or remove that directory."
+        f"An interrupted {work_name} goes on with the source and packages it began with, got "
+        f"another {', '.join(names)} than {work}: give the same again, or remove that directory."
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -76,6 +77,25 @@ def write_directory(
     return path
 
 
+# Of the tiny tokenizer: ids 3 and above.
+WORDS = ("a", *"bcdefghijklmnop", *(f"w{number}" for number in range(42)))
+
+
+def write_tokenizer(path: Path, *, has_bos: bool = True, num_words: int = len(WORDS)) -> None:
+    """A word-level tokenizer: 0 unknown, 1 begins a text (if has_bos), 2 ends it."""
+    ids = {word: place for place, word in enumerate(("<unk>", "<s>", "</s>", *WORDS[:num_words]))}
+    tokenizer: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if has_bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 NAMES = sorted(file.stem for file in RECORDED.glob("*.npz"))
 
 
@@ -93,15 +113,23 @@ def reference() -> Callable[[str], Reference]:
 
 @pytest.fixture
 def make_directory(tmp_path) -> Callable[..., Path]:
-    """Returns make_directory(name, dtype="float32", seed=0, num_shards=1): a new directory."""
+    """Returns make_directory(name, dtype="float32", ...): a new directory with a tokenizer."""
 
     def make(
-        name: str, *, dtype: str = "float32", seed: int = 0, num_shards: int = 1, **changes: Any
+        name: str,
+        *,
+        dtype: str = "float32",
+        seed: int = 0,
+        num_shards: int = 1,
+        has_bos: bool = True,
+        **changes: Any,
     ) -> Path:
         found = load_reference(name)
         kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
         tensors = random_tensors(found.shapes, kind, seed)
         config = {**found.config, "dtype": dtype, **changes}
-        return write_directory(tmp_path / f"hf_{name}", config, tensors, num_shards=num_shards)
+        path = write_directory(tmp_path / f"hf_{name}", config, tensors, num_shards=num_shards)
+        write_tokenizer(path, has_bos=has_bos)
+        return path
 
     return make
