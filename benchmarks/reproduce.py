@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce.py prepare --wikipedia wiki.txt.xz --books books.txt.xz \
         --vocabulary spm.model --out DIR
-    uncurl recipes --gin_file gin/runs/recipes.gin --cache_dir DIR/caches \
+    uncurl recipes --gin_file gin/runs/reproduce_recipes.gin --cache_dir DIR/caches \
         --gin.VOCABULARY='"spm.model"' --out STUDY --max_seconds 500
     python benchmarks/reproduce.py collect STUDY --out benchmarks/results/reproduction/recipes
     uncurl report benchmarks/results/reproduction/recipes

@@ -41,7 +41,7 @@ def recipes(options: dict[str, Any]) -> Any:
     if "config" not in bound(recipe_runner.run_recipes):
         raise InputError(
             "A comparison of recipes needs a RecipeStudyConfig, got none: give --gin_file, as "
-            "gin/runs/recipes.gin."
+            "gin/runs/reproduce_recipes.gin."
         )
     progress = configured(recipe_runner.run_recipes)(**options)
     for name in progress.left[:3]:
