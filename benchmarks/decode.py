@@ -23,7 +23,7 @@ from rounds import ratio, summary, time_rounds
 from uncurl_jax.artifacts import refuse_existing, write_json
 from uncurl_jax.config import ModelConfig, alternating_experts
 from uncurl_jax.evaluation.generation import compiled_generate
-from uncurl_jax.models.decoder import count_parameters, init_params
+from uncurl_jax.models.architecture import count_parameters, init_params
 
 
 def model_config(options: argparse.Namespace, num_experts: int) -> ModelConfig:

@@ -21,7 +21,8 @@ from uncurl_jax.artifacts import refuse_existing, write_json
 from uncurl_jax.config import ModelConfig, alternating_experts
 from uncurl_jax.data.token_cache import Batch
 from uncurl_jax.evaluation.calibration import router_observer
-from uncurl_jax.models.decoder import Decoder, init_params
+from uncurl_jax.models.architecture import init_params
+from uncurl_jax.models.decoder import Decoder
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from rounds import ratio, summary, time_rounds
 from uncurl_jax.artifacts import refuse_existing, write_json
 from uncurl_jax.config import ModelConfig, OptimizerConfig, TrainConfig, alternating_experts
 from uncurl_jax.data.token_cache import Batch
-from uncurl_jax.models.decoder import count_parameters, init_params
+from uncurl_jax.models.architecture import count_parameters, init_params
 from uncurl_jax.training import throughput
 from uncurl_jax.training.train_step import make_train_step, new_state
 

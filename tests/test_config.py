@@ -23,6 +23,7 @@ MODEL: dict[str, Any] = {
     "mlp_dim": 24,
     "max_length": 12,
 }
+ENCODER: dict[str, Any] = {"num_encoder_layers": 1, "position_embedding": "relative"}
 OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-3)
 
 
@@ -49,6 +50,13 @@ def test_derived_sizes_of_a_model():
     assert (config.kv_heads, config.dense_width) == (config.num_heads, config.mlp_dim)
     other = dataclasses.replace(config, num_kv_heads=1, attention_head_dim=6, dense_mlp_dim=7)
     assert (other.kv_heads, other.head_dim, other.dense_width) == (1, 6, 7)
+
+
+def test_the_first_layers_are_the_encoders():
+    config = ModelConfig(**MODEL, **ENCODER, encoder_end_id=1)
+    assert config.has_encoder and not ModelConfig(**MODEL).has_encoder
+    assert [config.is_encoder_layer(layer) for layer in (0, 1)] == [True, False]
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -99,6 +107,8 @@ def test_every_option_of_an_architecture_round_trips_through_json():
         attention_bias="qkv",
         qk_norm="head",
         has_tied_embeddings=False,
+        attention_scale=1.0,
+        has_scaled_logits=True,
         expert_map=((0, 1, 1), None),
     )
     read = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -160,9 +170,25 @@ def test_unknown_and_missing_fields_are_listed():
             {"position_embedding": "rotary", "attention_head_dim": 5},
             "heads of even width and a positive rotary_base, got 5 and 10000.0",
         ),
-        ({"position_embedding": "alibi"}, 'must be "learned" or "rotary", got \'alibi\''),
+        (
+            {"position_embedding": "alibi"},
+            'must be "learned", "rotary" or "relative", got \'alibi\'',
+        ),
         ({"norm": "batch"}, 'norm must be "layer_norm" or "rms_norm"'),
         ({"attention_bias": True}, 'attention_bias must be "all", "qkv" or "none", got True'),
+        ({"attention_scale": 0.0}, "attention_scale must be positive, or None, got 0.0"),
+        (
+            {"num_encoder_layers": 2, "position_embedding": "relative"},
+            "leave a layer to the decoder, got 2 of 2 layers",
+        ),
+        ({"num_encoder_layers": -1}, "num_encoder_layers must be at least 0"),
+        ({"num_encoder_layers": 1}, "goes with num_encoder_layers > 0, got 'learned' and 1"),
+        ({"position_embedding": "relative"}, "got 'relative' and 0: set both or neither"),
+        ({"relative_buckets": 6}, "relative_buckets must be a positive multiple of 4"),
+        ({"relative_max_distance": 16}, "relative_max_distance above its half, got 32 and 16"),
+        ({"encoder_end_id": 1}, "only with an encoder, got 1: leave it None"),
+        (ENCODER | {"encoder_end_id": 0}, r"other than 0 \(padding\), and only with an encoder"),
+        (ENCODER | {"encoder_end_id": 32}, "encoder_end_id must be an id of the vocabulary"),
         ({"qk_norm": "each"}, 'qk_norm must be "none", "head" or "all"'),
         ({"dtype": "float16"}, 'dtype must be "bfloat16" or "float32", got \'float16\''),
     ],

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from uncurl_jax.errors import InputError
+from uncurl_jax.model_checks import check_model
 
 
 def alternating_experts(num_layers: int, num_experts: int) -> tuple[int, ...]:
@@ -23,36 +24,23 @@ def scaled_steps(steps: int, scale: float = 1.0) -> int:
     return max(1, round(steps * scale))
 
 
-_MODEL_CHOICES = {
-    "activation": ("gelu", "silu", "relu"),
-    "position_embedding": ("learned", "rotary"),
-    "norm": ("layer_norm", "rms_norm"),
-    "attention_bias": ("all", "qkv", "none"),
-    "qk_norm": ("none", "head", "all"),
-    "dtype": ("bfloat16", "float32"),
-}
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        quoted = [f'"{choice}"' for choice in choices]
-        raise InputError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, got {value!r}.")
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder whose feed-forward layers may be mixtures of experts.
+    """A decoder, or an encoder and a decoder, whose feed-forward layers may be mixtures of experts.
 
     The defaults are a GPT-2-style decoder, the paper's; other values give the decoders of Mixtral,
-    OLMoE, Qwen2-MoE and Qwen3-MoE.
+    OLMoE, Qwen2-MoE and Qwen3-MoE, and the encoder-decoders of Switch Transformers (T5).
 
     Attributes:
       num_experts: experts per layer, 0 for a dense feed-forward layer; its length is the depth.
+        With an encoder its layers stand first, then those of the decoder: layers have one
+        numbering over both stacks.
       vocab_size: rows of the token embedding.
       embed_dim: width of the residual stream.
       num_heads: attention heads; divides embed_dim unless attention_head_dim is given.
       mlp_dim: hidden width of each expert, and of the dense feed-forward networks by default.
-      max_length: the longest sequence in tokens; with learned positions, their number.
+      max_length: the longest sequence in tokens; with learned positions, their number. With an
+        encoder, the longest that either stack reads.
       num_selected_experts: top-k; 1 is Switch routing (the gate is the softmax probability).
       normalize_gates: divide the selected gates by their sum; meant for top-k > 1, since a single
         gate becomes 1 and its router then learns from the load-balancing loss alone.
@@ -74,8 +62,10 @@ class ModelConfig:
         (Qwen2-MoE).
       dense_mlp_dim: hidden width of the feed-forward networks of layers without experts; None is
         mlp_dim.
-      position_embedding: "learned" (added to the token embedding) or "rotary" (queries and keys
-        are rotated, arXiv 2104.09864; a head's first half is paired with its second).
+      position_embedding: "learned" (added to the token embedding), "rotary" (queries and keys
+        are rotated, arXiv 2104.09864; a head's first half is paired with its second) or
+        "relative" (a learned term of the attention scores for each bucket of distances, arXiv
+        1910.10683, section 2.1), which models with an encoder have, and they alone.
       rotary_base: longest wavelength of rotary positions over 2 pi, in tokens.
       norm: "layer_norm", or "rms_norm" (arXiv 1910.07467), which has no mean and no bias.
       num_kv_heads: heads of keys and values, a divisor of num_heads; None is num_heads. Fewer are
@@ -86,6 +76,17 @@ class ModelConfig:
         itself, Qwen3) or "all" (over all heads, OLMoE).
       has_tied_embeddings: whether the token embedding is also the output projection; else the
         model has one more array [vocab, embed].
+      num_encoder_layers: how many of the layers, counted from the first, are an encoder's; the
+        others are its decoder's, and attend to what the encoder made of the prompt. 0 is a decoder
+        alone.
+      relative_buckets: of relative positions, a multiple of 4 (an encoder has half of them for
+        each direction, half of those for single distances).
+      relative_max_distance: tokens from which on all distances share a bucket.
+      attention_scale: factor of the attention scores; None is 1/sqrt(head width), T5 has 1.
+      has_scaled_logits: multiply what the output projection reads by embed_dim^-0.5, as T5 does
+        with tied embeddings.
+      encoder_end_id: id that ends what an encoder reads, which prompts of token caches lack; T5
+        has 1. None adds nothing.
       expert_map: None, or per layer None or the expert of each router column: a router wider than
         its experts, as pruning with router "remap" leaves it. Gates of one expert add up.
       init_stddev: standard deviation of every kernel's initial values (GPT-2: 0.02); those that
@@ -123,6 +124,12 @@ class ModelConfig:
     attention_bias: str = "all"
     qk_norm: str = "none"
     has_tied_embeddings: bool = True
+    num_encoder_layers: int = 0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    attention_scale: float | None = None
+    has_scaled_logits: bool = False
+    encoder_end_id: int | None = None
     expert_map: tuple[tuple[int, ...] | None, ...] | None = None
     init_stddev: float = 0.02
     norm_epsilon: float = 1e-5
@@ -130,77 +137,10 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "num_experts", tuple(int(count) for count in self.num_experts))
-        if not self.num_experts:
-            raise InputError(
-                "num_experts must name at least one layer, got (): give one entry per layer."
-            )
-        for name in (
-            "vocab_size",
-            "embed_dim",
-            "num_heads",
-            "mlp_dim",
-            "max_length",
-            "num_selected_experts",
-            "min_capacity",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        self._check_attention()
-        for layer, count in enumerate(self.num_experts):
-            if count < 0 or 0 < count < self.num_selected_experts:
-                raise InputError(
-                    f"num_experts[{layer}]={count} is below num_selected_experts="
-                    f"{self.num_selected_experts}: choose at least that many experts or lower "
-                    "top-k."
-                )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            if factor is not None and factor <= 0:
-                raise InputError(f"{name} must be positive, or None for dropless, got {factor}.")
-        for name, choices in _MODEL_CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
-        if self.shared_mlp_dim < 0 or (self.has_shared_gate and not self.shared_mlp_dim):
-            raise InputError(
-                "shared_mlp_dim must not be negative, and positive with has_shared_gate, got "
-                f"{self.shared_mlp_dim}."
-            )
         if self.expert_map is not None:
-            object.__setattr__(self, "expert_map", self._checked_map(self.expert_map))
-
-    def _check_attention(self) -> None:
-        for name in ("num_kv_heads", "attention_head_dim", "dense_mlp_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, or None, got {value}.")
-        if self.attention_head_dim is None and self.embed_dim % self.num_heads:
-            raise InputError(
-                f"num_heads must divide embed_dim, got {self.num_heads} heads and embed_dim "
-                f"{self.embed_dim}."
-            )
-        if self.num_heads % self.kv_heads:
-            raise InputError(
-                f"num_kv_heads must divide num_heads, got {self.kv_heads} and {self.num_heads}."
-            )
-        if self.position_embedding == "rotary" and (self.head_dim % 2 or self.rotary_base <= 0):
-            raise InputError(
-                "Rotary positions need heads of even width and a positive rotary_base, got "
-                f"{self.head_dim} and {self.rotary_base}."
-            )
-
-    def _checked_map(self, expert_map: Any) -> tuple[tuple[int, ...] | None, ...]:
-        result = tuple(None if row is None else tuple(map(int, row)) for row in expert_map)
-        if len(result) != len(self.num_experts):
-            raise InputError(
-                f"expert_map must have one entry per layer, got {len(result)} for "
-                f"{len(self.num_experts)} layers."
-            )
-        for layer, (row, count) in enumerate(zip(result, self.num_experts, strict=True)):
-            if row is not None and set(row) != set(range(count)):
-                raise InputError(
-                    f"expert_map[{layer}] must name each of the layer's {count} experts, got "
-                    f"{sorted(set(row))}."
-                )
-        return result
+            rows = (None if row is None else tuple(map(int, row)) for row in self.expert_map)
+            object.__setattr__(self, "expert_map", tuple(rows))
+        check_model(self)
 
     def router_width(self, layer: int) -> int:
         """Columns of a layer's router: its experts, or more if `expert_map` says so."""
@@ -211,6 +151,15 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Depth."""
         return len(self.num_experts)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model is an encoder and a decoder."""
+        return self.num_encoder_layers > 0
+
+    def is_encoder_layer(self, layer: int) -> bool:
+        """Whether a layer is one of the encoder's."""
+        return layer < self.num_encoder_layers
 
     @property
     def head_dim(self) -> int:

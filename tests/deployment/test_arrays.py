@@ -11,7 +11,7 @@ import pytest
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.deployment.arrays import parameters
 from uncurl_jax.deployment.interconnect import MeshShape
-from uncurl_jax.models.decoder import abstract_params, logical_axes
+from uncurl_jax.models.architecture import abstract_params, logical_axes
 from uncurl_jax.partitioning import make_mesh
 
 MODEL = ModelConfig(

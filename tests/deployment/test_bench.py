@@ -34,7 +34,7 @@ from uncurl_jax.deployment.bench_settings import (
 )
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments.reporting import report_bench
-from uncurl_jax.models.decoder import init_params
+from uncurl_jax.models.architecture import init_params
 
 MODEL = ModelConfig(
     num_experts=(8,),

@@ -15,7 +15,7 @@ from uncurl_jax.config import ModelConfig, TrainConfig
 from uncurl_jax.deployment import programs
 from uncurl_jax.deployment.collectives import Collective, count, find_collectives
 from uncurl_jax.deployment.programs import CALIBRATE, DECODE, EVALUATE, TRAIN
-from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.models.architecture import count_parameters
 from uncurl_jax.partitioning import make_mesh
 
 ROWS, LENGTH = 16, 8

@@ -14,7 +14,7 @@ from uncurl_jax.config import ModelConfig
 from uncurl_jax.data import synthetic
 from uncurl_jax.data.token_cache import TokenCache, build_token_cache
 from uncurl_jax.data.vocabulary import load_vocabulary
-from uncurl_jax.models.decoder import abstract_params, init_params
+from uncurl_jax.models.architecture import abstract_params, init_params
 
 # Large initial values: an untrained model routes to all experts and prefers some options clearly.
 CONFIG = ModelConfig(

@@ -9,7 +9,8 @@ import pytest
 from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.generation import Decoded, compiled_decode, generate
-from uncurl_jax.models.decoder import Decoder, abstract_params
+from uncurl_jax.models.architecture import abstract_params
+from uncurl_jax.models.decoder import Decoder
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh, place_batch
 
 NEW = 6

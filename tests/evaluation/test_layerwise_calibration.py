@@ -19,7 +19,7 @@ from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.calibration import calibrate_model, sample_router_inputs
 from uncurl_jax.evaluation.layerwise_calibration import calibrate_layer_by_layer
 from uncurl_jax.evaluation.layerwise_job import Seconds
-from uncurl_jax.models.decoder import init_params
+from uncurl_jax.models.architecture import init_params
 from uncurl_jax.pruning.router_inputs import RouterInputs
 from uncurl_jax.pruning.statistics import (
     COLLECTIONS,

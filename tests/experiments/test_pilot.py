@@ -17,7 +17,7 @@ from uncurl_jax.data.jsonl_task import JsonlTask
 from uncurl_jax.data.vocabulary import load_vocabulary
 from uncurl_jax.errors import InputError
 from uncurl_jax.experiments.pilot import find_task, run_pilot
-from uncurl_jax.models.decoder import init_params
+from uncurl_jax.models.architecture import init_params
 
 MODEL = ModelConfig(
     num_experts=(4, 0),

@@ -11,7 +11,7 @@ import pytest
 
 from uncurl_jax.checkpoints.parameters import expected_parameters
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.models import decoder
+from uncurl_jax.models import architecture, decoder
 from uncurl_jax.models.decoder import Decoder
 from uncurl_jax.partitioning import make_mesh
 
@@ -109,14 +109,16 @@ def forward(config: ModelConfig, params: Any, inputs: np.ndarray, mask: Any = No
 
 
 def test_the_shape_tree_is_the_golden_one():
-    shapes = {name: leaf.shape for name, leaf in named(decoder.abstract_params(CONFIG)).items()}
+    shapes = {
+        name: leaf.shape for name, leaf in named(architecture.abstract_params(CONFIG)).items()
+    }
     assert shapes == GOLDEN_SHAPES
 
 
 @pytest.mark.parametrize("counts", [(3, 0), (0, 0), (8, 1, 5)])
 def test_the_parameters_are_those_that_checkpoints_expect(counts: tuple[int, ...]):
     config = dataclasses.replace(CONFIG, num_experts=counts)
-    found = named(decoder.abstract_params(config))
+    found = named(architecture.abstract_params(config))
     assert {name: leaf.shape for name, leaf in found.items()} == expected_parameters(config)
     assert {leaf.dtype for leaf in found.values()} == {jnp.dtype("float32")}
 
@@ -124,13 +126,13 @@ def test_the_parameters_are_those_that_checkpoints_expect(counts: tuple[int, ...
 @family
 def test_the_parameters_of_every_family_are_those_that_checkpoints_expect(fields: dict[str, Any]):
     config = dataclasses.replace(CONFIG, **fields)
-    found = named(decoder.abstract_params(config))
+    found = named(architecture.abstract_params(config))
     assert {name: leaf.shape for name, leaf in found.items()} == expected_parameters(config)
 
 
 def test_initial_values_follow_gpt_2_and_the_seed():
     config = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=64, num_experts=(4, 0))
-    params = named(decoder.init_params(config, 3))
+    params = named(architecture.init_params(config, 3))
     assert np.std(params["layers_0/moe/experts/wi"]) == pytest.approx(0.02, rel=0.05)
     residual = 0.02 / math.sqrt(2 * 2)
     assert np.std(params["layers_0/moe/experts/wo"]) == pytest.approx(residual, rel=0.05)
@@ -138,8 +140,8 @@ def test_initial_values_follow_gpt_2_and_the_seed():
     assert np.std(params["layers_1/attention/out/kernel"]) == pytest.approx(residual, rel=0.05)
     assert not np.any(params["layers_0/moe/experts/wi_bias"])
     np.testing.assert_array_equal(params["final_norm/scale"], 1.0)
-    again = named(decoder.init_params(config, 3))
-    other = named(decoder.init_params(config, 4))
+    again = named(architecture.init_params(config, 3))
+    other = named(architecture.init_params(config, 4))
     for name, value in params.items():
         np.testing.assert_array_equal(value, again[name])
         is_constant = np.ptp(value) == 0
@@ -314,19 +316,19 @@ def test_token_log_probabilities_worked_by_hand():
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
-    counts = decoder.count_parameters(CONFIG)
+    counts = architecture.count_parameters(CONFIG)
     assert counts.total == sum(math.prod(shape) for shape in GOLDEN_SHAPES.values())
     one_expert = 16 * 12 + 12 + 12 * 16 + 16
     assert counts.total - counts.active == 2 * one_expert
-    top_2 = decoder.count_parameters(dataclasses.replace(CONFIG, num_selected_experts=2))
+    top_2 = architecture.count_parameters(dataclasses.replace(CONFIG, num_selected_experts=2))
     assert counts.total - top_2.active == one_expert
-    assert decoder.count_parameters(DENSE).total == decoder.count_parameters(DENSE).active
+    assert architecture.count_parameters(DENSE).total == architecture.count_parameters(DENSE).active
 
 
 def test_parameters_are_divided_as_the_table_of_axes_says():
     config = dataclasses.replace(CONFIG, num_experts=(4, 3))
     mesh = make_mesh(expert_partitions=4, model_partitions=2)
-    params = named(decoder.abstract_params(config, mesh))
+    params = named(architecture.abstract_params(config, mesh))
 
     def shard(name: str) -> tuple[int, ...]:
         return params[name].sharding.shard_shape(params[name].shape)
@@ -341,8 +343,8 @@ def test_parameters_are_divided_as_the_table_of_axes_says():
 def test_initial_values_do_not_depend_on_the_mesh():
     config = dataclasses.replace(CONFIG, num_experts=(3,))
     mesh = make_mesh(expert_partitions=4, model_partitions=2)
-    alone, divided = (named(decoder.init_params(config, 0, where)) for where in (None, mesh))
+    alone, divided = (named(architecture.init_params(config, 0, where)) for where in (None, mesh))
     for name, value in divided.items():
         np.testing.assert_allclose(value, alone[name], atol=TOLERANCE, err_msg=name)
-        spec = named(decoder.abstract_params(config, mesh))[name].sharding
+        spec = named(architecture.abstract_params(config, mesh))[name].sharding
         assert value.sharding.is_equivalent_to(spec, value.ndim)

@@ -14,7 +14,7 @@ import pytest
 
 from uncurl_jax.checkpoints.parameters import expected_parameters, is_expert_array
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.models import decoder, layers
+from uncurl_jax.models import architecture, layers
 from uncurl_jax.models.decoder import Decoder
 from uncurl_jax.models.moe import MoeLayer
 from uncurl_jax.partitioning import make_mesh
@@ -191,7 +191,7 @@ def test_a_shared_gate_of_zeros_halves_the_shared_expert(random_params):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_parameters_are_those_that_checkpoints_expect(options):
     config = dataclasses.replace(CONFIG, **options)
-    found = named(decoder.abstract_params(config))
+    found = named(architecture.abstract_params(config))
     assert {name: leaf.shape for name, leaf in found.items()} == expected_parameters(config)
     for name, leaf in found.items():
         assert (leaf.shape[0] == 5) == is_expert_array(name), name
@@ -205,7 +205,7 @@ def test_the_parameters_are_those_that_checkpoints_expect(options):
 
 def test_every_token_uses_the_shared_expert():
     plain = dataclasses.replace(QWEN_LIKE, shared_mlp_dim=0, has_shared_gate=False)
-    with_shared, without = (decoder.count_parameters(c) for c in (QWEN_LIKE, plain))
+    with_shared, without = (architecture.count_parameters(c) for c in (QWEN_LIKE, plain))
     shared = 3 * 8 * 6 + 8  # wi, wg and wo of one layer, and the gate's column
     assert with_shared.total - without.total == with_shared.active - without.active == shared
     assert with_shared.total - with_shared.active == 3 * (3 * 8 * 12)  # 3 of 5 experts
@@ -215,7 +215,7 @@ def test_initial_values_of_all_networks_follow_gpt_2():
     config = dataclasses.replace(
         QWEN_LIKE, embed_dim=64, mlp_dim=64, shared_mlp_dim=64, has_mlp_bias=True
     )
-    params = named(decoder.init_params(config, 3))
+    params = named(architecture.init_params(config, 3))
     residual = 0.02 / math.sqrt(2 * 2)
     for network, kernel in (("moe/experts", ""), ("moe/shared", "/kernel")):
         for name, deviation in (("wi", 0.02), ("wg", 0.02), ("wo", residual)):
@@ -230,7 +230,7 @@ def test_initial_values_of_all_networks_follow_gpt_2():
 def test_gated_networks_are_divided_among_devices_as_plain_ones():
     config = dataclasses.replace(QWEN_LIKE, num_experts=(4, 0), has_mlp_bias=True)
     mesh = make_mesh(expert_partitions=4, model_partitions=2)
-    params = named(decoder.abstract_params(config, mesh))
+    params = named(architecture.abstract_params(config, mesh))
 
     def shard(name: str) -> tuple[int, ...]:
         return params[name].sharding.shard_shape(params[name].shape)

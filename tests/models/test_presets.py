@@ -7,7 +7,7 @@ import pytest
 
 from uncurl_jax import config
 from uncurl_jax.cli import gin_config
-from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.models.architecture import count_parameters
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ import pytest
 
 from uncurl_jax.checkpoints.parameters import expected_parameters
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.models.decoder import Decoder, abstract_params
+from uncurl_jax.models.architecture import abstract_params
+from uncurl_jax.models.decoder import Decoder
 from uncurl_jax.models.moe import MoeLayer
 from uncurl_jax.pruning.merging import merge_experts
 from uncurl_jax.pruning.plan import make_plan

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import Mesh
 
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.models.decoder import Decoder, abstract_params, moe_metrics
+from uncurl_jax.models.architecture import abstract_params
+from uncurl_jax.models.decoder import Decoder, moe_metrics
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, make_mesh, place_batch
 
 TOLERANCE = 1e-5

@@ -20,7 +20,7 @@ from uncurl_jax.checkpoints.transform import prune_checkpoint
 from uncurl_jax.config import DistillationConfig, ModelConfig, TrainConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import init_params
+from uncurl_jax.models.architecture import init_params
 from uncurl_jax.partitioning import make_mesh, place_batch
 from uncurl_jax.pruning.grouping import GroupingOptions
 from uncurl_jax.pruning.layer_plan import LayerPlan, PlanSource

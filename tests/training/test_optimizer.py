@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from uncurl_jax.config import ModelConfig, OptimizerConfig
-from uncurl_jax.models.decoder import abstract_params
+from uncurl_jax.models.architecture import abstract_params
 from uncurl_jax.training import optimizer
 
 TOLERANCE = 1e-5

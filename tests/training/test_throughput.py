@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.models.architecture import count_parameters
 from uncurl_jax.training import throughput
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from uncurl_jax.config import ModelConfig, TrainConfig
 from uncurl_jax.data.token_cache import Batch
-from uncurl_jax.models.decoder import init_params
+from uncurl_jax.models.architecture import init_params
 from uncurl_jax.partitioning import make_mesh, place_batch
 from uncurl_jax.training import train_step
 

@@ -19,7 +19,7 @@ from uncurl_jax.checkpoints.store import CheckpointStore
 from uncurl_jax.config import ModelConfig, TrainConfig
 from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import init_params
+from uncurl_jax.models.architecture import init_params
 from uncurl_jax.training.trainer import is_finished, train
 
 JSON_FILES = ("model_config.json", "provenance.json", "vocabulary.json")

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from uncurl_jax.checkpoints import layout, store
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.models.decoder import Params, abstract_params
+from uncurl_jax.models.architecture import abstract_params
+from uncurl_jax.models.decoder import Params
 from uncurl_jax.partitioning import ExpertAxes
 
 

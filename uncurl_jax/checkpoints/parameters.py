@@ -20,6 +20,11 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "token_embedder/embedding": (config.vocab_size, embed),
         **_norm_parameters(config, "final_norm"),
     }
+    if config.has_encoder:
+        shapes |= _norm_parameters(config, "encoder_norm")
+        for stack in ("encoder", "decoder"):
+            table = (config.relative_buckets, config.num_heads)
+            shapes[f"{stack}_relative_position/embedding"] = table
     if config.position_embedding == "learned":
         shapes["position_embedder/embedding"] = (config.max_length, embed)
     if not config.has_tied_embeddings:
@@ -28,8 +33,11 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         block = {
             **_norm_parameters(config, "pre_attention_norm"),
             **_norm_parameters(config, "pre_mlp_norm"),
-            **_attention_parameters(config),
+            **_attention_parameters(config, "attention"),
         }
+        if config.has_encoder and not config.is_encoder_layer(layer):
+            block |= _norm_parameters(config, "pre_cross_attention_norm")
+            block |= _attention_parameters(config, "cross_attention")
         if experts:
             block["moe/router/kernel"] = (embed, config.router_width(layer))
             for name, shape in _mlp_parameters(config, config.mlp_dim).items():
@@ -54,21 +62,19 @@ def _norm_parameters(config: ModelConfig, name: str) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _attention_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _attention_parameters(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     embed, head_dim = config.embed_dim, config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attention/out/kernel": (config.num_heads, head_dim, embed)
-    }
+    shapes: dict[str, tuple[int, ...]] = {f"{name}/out/kernel": (config.num_heads, head_dim, embed)}
     heads = {"query": config.num_heads, "key": config.kv_heads, "value": config.kv_heads}
     for projection, count in heads.items():
-        shapes[f"attention/{projection}/kernel"] = (embed, count, head_dim)
+        shapes[f"{name}/{projection}/kernel"] = (embed, count, head_dim)
         if config.attention_bias != "none":
-            shapes[f"attention/{projection}/bias"] = (count, head_dim)
+            shapes[f"{name}/{projection}/bias"] = (count, head_dim)
         if config.qk_norm != "none" and projection != "value":
             normed = (head_dim,) if config.qk_norm == "head" else (count, head_dim)
-            shapes[f"attention/{projection}_norm/scale"] = normed
+            shapes[f"{name}/{projection}_norm/scale"] = normed
     if config.attention_bias == "all":
-        shapes["attention/out/bias"] = (embed,)
+        shapes[f"{name}/out/bias"] = (embed,)
     return shapes
 
 

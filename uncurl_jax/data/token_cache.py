@@ -205,6 +205,18 @@ class TokenCache:
                 f"the model: build the cache with the model's vocabulary."
             )
 
+    def check_prompts(self) -> None:
+        """Checks that there are prompts, which is what an encoder reads.
+
+        Raises:
+          InputError: If no row has one.
+        """
+        if not self.prompt_lengths.any():
+            raise InputError(
+                f"A model with an encoder needs rows with a prompt and an answer, got {self.task} "
+                f"({self.kind}) without prompts in {self.directory}: use a task with prompts."
+            )
+
     def examples(self) -> list[Example]:
         """Returns the examples in order; empty for language modelling."""
         return list(self._examples)

@@ -25,7 +25,7 @@ from uncurl_jax import __version__
 from uncurl_jax.deployment import collectives, programs
 from uncurl_jax.deployment.aot_request import Request
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.models.architecture import count_parameters
 from uncurl_jax.partitioning import (
     TOKEN_AXES,
     axis_size,

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from uncurl_jax.checkpoints.parameters import expected_parameters, is_expert_array
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.deployment.interconnect import MeshShape
-from uncurl_jax.models.decoder import logical_axes
+from uncurl_jax.models.architecture import logical_axes
 from uncurl_jax.partitioning import MESH_AXES, parameter_spec
 
 Axes = tuple[str, ...]

@@ -22,7 +22,8 @@ from uncurl_jax.deployment import collectives
 from uncurl_jax.deployment.bench_settings import BenchModel, BenchSettings, Layout
 from uncurl_jax.deployment.timing import Alternative
 from uncurl_jax.models import layers
-from uncurl_jax.models.decoder import Decoder, Params, abstract_params
+from uncurl_jax.models.architecture import abstract_params
+from uncurl_jax.models.decoder import Decoder, Params
 from uncurl_jax.models.expert_mlp import Experts, apply_experts
 from uncurl_jax.models.moe import MoeLayer
 from uncurl_jax.partitioning import (

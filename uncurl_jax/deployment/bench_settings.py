@@ -18,7 +18,7 @@ from uncurl_jax import artifacts
 from uncurl_jax.checkpoints import layout as checkpoint_layout
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.models.architecture import count_parameters
 from uncurl_jax.partitioning import ExpertAxes, check_expert_axes, make_mesh
 
 SINGLE, SHARDED, REPLICATED, PLACEMENT = "single", "sharded", "replicated", "placement"

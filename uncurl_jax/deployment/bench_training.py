@@ -15,7 +15,7 @@ from uncurl_jax.data.token_cache import Batch
 from uncurl_jax.deployment.bench_programs import random_params, random_tokens
 from uncurl_jax.deployment.bench_settings import BenchModel, BenchSettings, Layout
 from uncurl_jax.deployment.timing import Alternative
-from uncurl_jax.models.decoder import abstract_params, count_parameters
+from uncurl_jax.models.architecture import abstract_params, count_parameters
 from uncurl_jax.partitioning import place_batch, replicated
 from uncurl_jax.training import throughput, train_step
 

@@ -18,7 +18,7 @@ from uncurl_jax.data.token_cache import Batch
 from uncurl_jax.evaluation.calibration import router_observer
 from uncurl_jax.evaluation.generation import abstract_cache, compiled_decode
 from uncurl_jax.evaluation.rank_classification import compiled_scores
-from uncurl_jax.models.decoder import abstract_params, count_parameters
+from uncurl_jax.models.architecture import abstract_params, count_parameters
 from uncurl_jax.partitioning import batch_sharding, replicated
 from uncurl_jax.training import train_step
 from uncurl_jax.training.throughput import training_flops_per_token

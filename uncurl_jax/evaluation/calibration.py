@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache
 from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.rank_classification import examples_that_divide, row_length
-from uncurl_jax.models.decoder import Decoder
+from uncurl_jax.models.architecture import build, read_batch
 from uncurl_jax.partitioning import ExpertAxes, local_rows, make_mesh, place_batch, replicated
 from uncurl_jax.pruning import calibration
 from uncurl_jax.pruning.choices import require_choice
@@ -46,17 +46,20 @@ def router_observer(
     num_groups: int | None = None,
     collect: Sequence[str] = (),
     expert_axes: ExpertAxes | None = None,
+    target_length: int | None = None,
 ) -> Callable[[Any, Batch], dict[int, LayerStatistics]]:
     """Returns the compiled function (params, batch) -> {MoE layer: sums over the batch}.
 
     On a mesh the sums run over all devices, and every process gets them whole. `collect` names
-    optional groups of `statistics.COLLECTIONS`.
+    optional groups of `statistics.COLLECTIONS`. `target_length` is the token cache's, so that a
+    decoder that reads answers alone is no longer than they are.
     """
-    decoder = Decoder(config, mesh, num_groups, expert_axes)
+    model = build(config, mesh, num_groups, expert_axes)
     mutable = ["router_observations", *(_OBSERVED[group] for group in collect)]
 
     def observe(params: Any, batch: Any) -> dict[int, LayerStatistics]:
-        _, sown = decoder.apply({"params": params}, batch.inputs, batch.mask, mutable=mutable)
+        read = read_batch(config, batch, target_length)
+        _, sown = model.apply({"params": params}, **read.arguments, mutable=mutable)
 
         def observed(layer: int) -> LayerStatistics:
             values: dict[str, Any] = {}
@@ -65,28 +68,44 @@ def router_observer(
                 values |= {k: v[0] for k, v in found[f"layers_{layer}"]["moe"].items()}
             values |= values.pop("observation")
             values.pop("inputs")
-            return layer_statistics(**values, mask=batch.mask)
+            return layer_statistics(**values, mask=read.masks[layer])
 
         return {layer: observed(layer) for layer in config.moe_layers}
 
     return jax.jit(observe, out_shardings=None if mesh is None else replicated(mesh))
 
 
-def input_observer(
-    config: ModelConfig, mesh: Mesh | None = None, expert_axes: ExpertAxes | None = None
-) -> Callable[[Any, Batch], dict[int, jax.Array]]:
-    """Returns the compiled function (params, batch) -> {MoE layer: inputs [b, l, d] float32}."""
-    decoder = Decoder(config, mesh, expert_axes=expert_axes)
+class LayerInputs(NamedTuple):
+    """What one MoE layer sees of a batch.
 
-    def observe(params: Any, batch: Any) -> dict[int, jax.Array]:
-        _, sown = decoder.apply(
-            {"params": params}, batch.inputs, batch.mask, mutable=["router_observations"]
-        )
+    Attributes:
+      inputs: [b, l, d] float32.
+      mask: [b, l] bool, the real tokens.
+    """
+
+    inputs: Any
+    mask: Any
+
+
+def input_observer(
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    expert_axes: ExpertAxes | None = None,
+    target_length: int | None = None,
+) -> Callable[[Any, Batch], dict[int, LayerInputs]]:
+    """Returns the compiled function (params, batch) -> {MoE layer: its inputs}."""
+    model = build(config, mesh, expert_axes=expert_axes)
+
+    def observe(params: Any, batch: Any) -> dict[int, LayerInputs]:
+        read = read_batch(config, batch, target_length)
+        _, sown = model.apply({"params": params}, **read.arguments, mutable=["router_observations"])
         found: Any = sown["router_observations"]
-        return {
-            layer: found[f"layers_{layer}"]["moe"]["observation"][0]["inputs"]
-            for layer in config.moe_layers
-        }
+
+        def observed(layer: int) -> LayerInputs:
+            inputs = found[f"layers_{layer}"]["moe"]["observation"][0]["inputs"]
+            return LayerInputs(inputs, read.masks[layer])
+
+        return {layer: observed(layer) for layer in config.moe_layers}
 
     return jax.jit(observe, out_shardings=None if mesh is None else replicated(mesh))
 
@@ -106,7 +125,11 @@ def calibrate_model(
 ) -> RouterStatistics:
     """Gathers statistics of a loaded model; see `calibrate_checkpoint`."""
     observe = router_observer(
-        model.config, model.mesh, collect=collect, expert_axes=model.expert_axes
+        model.config,
+        model.mesh,
+        collect=collect,
+        expert_axes=model.expert_axes,
+        target_length=cache.target_length,
     )
     index, count = shard or (0, 1)
     batches: Iterator[Batch] = cache.sequential_batches(batch_size, length=length)
@@ -167,16 +190,21 @@ def sample_router_inputs(
       The sample; the same arguments give the same tokens.
     """
     chosen = sampled_batches(cache, num_tokens, batch_size, max_batches)
-    observe = input_observer(model.config, model.mesh, model.expert_axes)
-    masks, parts = [], []
+    observe = input_observer(model.config, model.mesh, model.expert_axes, cache.target_length)
+    parts: list[dict[int, LayerInputs]] = []
     for place, batch in enumerate(cache.sequential_batches(batch_size, length=length)):
         if place in chosen:
             parts.append(jax.device_get(observe(model.params, _place(batch, model))))
-            masks.append(batch.mask)
-    layers = {
-        layer: np.concatenate([part[layer] for part in parts]) for layer in model.config.moe_layers
-    }
-    sampled = draw_tokens(layers, np.concatenate(masks), num_tokens, seed=0)
+
+    def sampled_of(layer: int) -> np.ndarray:
+        inputs, masks = zip(*(part[layer] for part in parts), strict=True)
+        # Layers with the same mask draw the same tokens.
+        drawn = draw_tokens(
+            {layer: np.concatenate(inputs)}, np.concatenate(masks), num_tokens, seed=0
+        )
+        return drawn[layer]
+
+    sampled = {layer: sampled_of(layer) for layer in model.config.moe_layers}
     manifest = calibration_manifest(
         model.checkpoint, model.config, cache, batch_size=batch_size, max_batches=max_batches
     )
@@ -204,7 +232,7 @@ def _place(batch: Batch, model: LoadedModel) -> Any:
 
 
 def calibration_manifest(
-    checkpoint: layout.CheckpointPath | layout.StateReader,
+    checkpoint: layout.CheckpointPath | layout.ArrayReader,
     config: ModelConfig,
     cache: TokenCache,
     *,
@@ -283,6 +311,8 @@ def check_request(
             "pruned with router 'remap': prune again with another treatment."
         )
     cache.check_vocabulary(checkpoint.vocabulary()["hash"])
+    if config.has_encoder:
+        cache.check_prompts()
 
 
 def calibrate_checkpoint(

@@ -106,7 +106,7 @@ def evaluate_model(
         outputs = _generate(model, cache, vocabulary, examples_per_batch, max_new_tokens, quiet)
         part, predictions = _matched(cache, vocabulary, outputs)
         settings |= {"eval_capacity_factor": None, "max_new_tokens": max_new_tokens}
-        room = model.config.max_length - max_new_tokens
+        room = generation.prompt_room(model.config, max_new_tokens)
         part["num_shortened_prompts"] = int(np.sum(_prompt_lengths(cache) > room))
         own = {"generate": lambda _: outputs}
     elif cache.kind == RANK_CLASSIFICATION:
@@ -288,7 +288,7 @@ def _generate(
 ) -> list[list[int]]:
     """Continues the prompt of every example greedily; long prompts lose tokens from the left."""
     cache.check_vocabulary(vocabulary.hash)
-    room = model.config.max_length - max_new_tokens
+    room = generation.prompt_room(model.config, max_new_tokens)
     if max_new_tokens < 1 or room < 1:
         raise InputError(
             f"max_new_tokens must be at least 1 and below max_length={model.config.max_length}, "
@@ -346,7 +346,7 @@ def _matched(
                 "text": text,
             }
         )
-    # Decoding is dropless (models.decoder.Decoder), so no token is left behind.
+    # Decoding is dropless (generation.prefill), so no token is left behind.
     summary: dict[str, Any] = {"num_unmatched": unmatched, "fraction_tokens_left_behind": 0.0}
     if cache.kind == RANK_CLASSIFICATION:
         summary = _scored(cache, predicted) | summary

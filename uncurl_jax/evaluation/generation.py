@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import Decoder, Params
+from uncurl_jax.models.architecture import Model, build
+from uncurl_jax.models.decoder import Params
 from uncurl_jax.partitioning import (
     TOKEN_AXES,
     ExpertAxes,
@@ -31,30 +32,47 @@ class Decoded(NamedTuple):
 
     Attributes:
       logits: [b, vocab] float32 of each row's next token.
-      cache: keys and values of every position, [b, max_length, heads, head_dim] per layer.
+      cache: keys and values of every position, [b, max_length, heads, head_dim] per layer; with an
+        encoder also those of the prompt and its mask.
     """
 
     logits: jax.Array
     cache: Any
 
 
-def prefill(decoder: Decoder, params: Params, inputs: jax.Array, lengths: jax.Array) -> Decoded:
-    """Reads prompts into a new cache: inputs [b, l] int32, of which lengths [b] count."""
-    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
-    logits, variables = decoder.apply(
-        {"params": params},
-        inputs,
-        positions < lengths[:, None],
-        positions,
-        decode=True,
-        logit_positions=(lengths - 1)[:, None],
-        mutable=["cache"],
-    )
+def prefill(model: Model, params: Params, inputs: jax.Array, lengths: jax.Array) -> Decoded:
+    """Reads prompts into a new cache.
+
+    Args:
+      model: on one device or on a mesh.
+      params: its parameters.
+      inputs: [b, l] int32. A decoder's begin with the padding id, as its targets shifted right do;
+        an encoder's are the prompt itself.
+      lengths: [b] int32, how many of them count.
+    """
+    places = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
+    mask = places < lengths[:, None]
+    if model.config.has_encoder:
+        start = jnp.full((inputs.shape[0], 1), _PAD_ID, jnp.int32)
+        arguments: dict[str, Any] = {
+            "inputs": start,
+            "positions": jnp.zeros_like(start),
+            "encoder_inputs": inputs,
+            "encoder_mask": mask,
+        }
+    else:
+        arguments = {
+            "inputs": inputs,
+            "mask": mask,
+            "positions": places,
+            "logit_positions": (lengths - 1)[:, None],
+        }
+    logits, variables = model.apply({"params": params}, **arguments, decode=True, mutable=["cache"])
     return Decoded(logits[:, 0], variables["cache"])
 
 
 def decode_step(
-    decoder: Decoder,
+    model: Model,
     params: Params,
     cache: Any,
     token: jax.Array,
@@ -64,14 +82,14 @@ def decode_step(
     """Reads one more token of each row.
 
     Args:
-      decoder: the model, on one device or on a mesh.
+      model: on one device or on a mesh.
       params: its parameters.
       cache: of the tokens before.
       token: [b] int32.
-      positions: [b] int32, the token's place in its row.
+      positions: [b] int32, the token's place in its row; with an encoder, in the answer.
       is_running: [b] bool; rows that have ended take no expert's time.
     """
-    logits, variables = decoder.apply(
+    logits, variables = model.apply(
         {"params": params, "cache": cache},
         token[:, None],
         is_running[:, None],
@@ -103,7 +121,7 @@ def compiled_decode(
     On a mesh, rows and their caches are divided over the devices that hold tokens, heads over
     `model`; the number of rows is a multiple of data * expert partitions.
     """
-    decoder = Decoder(config, mesh, expert_axes=expert_axes)
+    model = build(config, mesh, expert_axes=expert_axes)
     shardings = None
     if mesh is not None:
         caches = jax.tree.map(
@@ -112,21 +130,25 @@ def compiled_decode(
         # _make, because this tuple holds shardings in the places of arrays.
         shardings = Decoded._make([batch_sharding(mesh), caches])
     return DecodePrograms(
-        jax.jit(functools.partial(prefill, decoder), out_shardings=shardings),
-        jax.jit(functools.partial(decode_step, decoder), out_shardings=shardings, donate_argnums=1),
+        jax.jit(functools.partial(prefill, model), out_shardings=shardings),
+        jax.jit(functools.partial(decode_step, model), out_shardings=shardings, donate_argnums=1),
     )
 
 
 def abstract_cache(config: ModelConfig, batch_size: int, mesh: Mesh | None = None) -> Any:
     """Returns the tree of ShapeDtypeStructs of a cache, with shardings if a mesh is given."""
-    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
-    init = functools.partial(Decoder(config).init, decode=True)
-    cache = jax.eval_shape(init, jax.random.key(0), tokens)["cache"]
+    arguments = {"inputs": jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)}
+    if config.has_encoder:
+        prompt = jax.ShapeDtypeStruct((batch_size, config.max_length), jnp.int32)
+        arguments["encoder_inputs"] = prompt
+    init = functools.partial(build(config).init, decode=True)
+    cache = jax.eval_shape(init, jax.random.key(0), **arguments)["cache"]
     if mesh is None:
         return cache
 
     def with_sharding(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = parameter_spec(("batch", "length", "heads", "kv"), array.shape, mesh)
+        names = ("batch", "length", "heads", "kv")[: len(array.shape)]
+        spec = parameter_spec(names, array.shape, mesh)
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(with_sharding, cache)
@@ -147,7 +169,7 @@ def compiled_generate(
     config: ModelConfig, max_new_tokens: int, is_greedy: bool, eos_id: int
 ) -> Any:
     """Returns the compiled loop (params, inputs, lengths, temperature, seed) -> tokens [b, n]."""
-    decoder = Decoder(config)
+    model = build(config)
 
     def generate(
         params: Params, inputs: jax.Array, lengths: jax.Array, temperature: jax.Array, seed: int
@@ -168,19 +190,30 @@ def compiled_generate(
             token = jnp.where(state.is_done, _PAD_ID, token.astype(jnp.int32))
             tokens = state.tokens.at[:, state.index].set(token)
             is_done = state.is_done | (token == eos_id)
-            decoded = decode_step(decoder, params, cache, token, state.positions, ~is_done)
+            decoded = decode_step(model, params, cache, token, state.positions, ~is_done)
             return _Generation(state.index + 1, decoded, state.positions + 1, tokens, is_done)
 
+        # The padding id that an answer begins with stands at its position 0.
+        begin = jnp.ones_like(lengths) if config.has_encoder else lengths
         first = _Generation(
             jnp.int32(0),
-            prefill(decoder, params, inputs, lengths),
-            lengths,
+            prefill(model, params, inputs, lengths),
+            begin,
             jnp.full((batch, max_new_tokens), _PAD_ID, jnp.int32),
             jnp.zeros((batch,), bool),
         )
         return jax.lax.while_loop(is_running, step, first).tokens
 
     return jax.jit(generate)
+
+
+def prompt_room(config: ModelConfig, max_new_tokens: int) -> int:
+    """Returns how many tokens a prompt may have for so many new ones; below 1 if none fits."""
+    if not config.has_encoder:
+        return config.max_length - max_new_tokens
+    if max_new_tokens > config.max_length:
+        return 0
+    return config.max_length - (config.encoder_end_id is not None)
 
 
 def generate(
@@ -213,19 +246,20 @@ def generate(
         raise InputError("Generation runs on one device: load the model without a mesh.")
     if temperature < 0:
         raise InputError(f"temperature must be at least 0, got {temperature}.")
+    config = model.config
     longest = max(len(prompt) for prompt in prompts)
-    if longest + 1 + max_new_tokens > model.config.max_length + 1:
+    if longest > prompt_room(config, max_new_tokens):
         raise InputError(
-            f"A prompt and max_new_tokens must fit max_length={model.config.max_length}, got "
+            f"A prompt and max_new_tokens must fit max_length={config.max_length}, got "
             f"{longest} + {max_new_tokens}: shorten one of them."
         )
-    # Inputs are targets shifted right, so a prompt begins with the padding id as BOS.
-    width = min(-(-(longest + 1) // 32) * 32, model.config.max_length)
+    rows = [_prompt_row(config, prompt) for prompt in prompts]
+    lengths = np.asarray([len(row) for row in rows], np.int32)
+    width = min(-(-int(lengths.max()) // 32) * 32, config.max_length)
     inputs = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in enumerate(prompts):
-        inputs[row, 1 : len(prompt) + 1] = prompt
-    lengths = np.asarray([len(prompt) + 1 for prompt in prompts], np.int32)
-    compiled = compiled_generate(model.config, max_new_tokens, temperature == 0, eos_id)
+    for place, row in enumerate(rows):
+        inputs[place, : len(row)] = row
+    compiled = compiled_generate(config, max_new_tokens, temperature == 0, eos_id)
     tokens = jax.device_get(
         compiled(model.params, inputs, lengths, np.float32(max(temperature, 1e-6)), seed)
     )
@@ -234,3 +268,11 @@ def generate(
         ends = np.flatnonzero(row == eos_id)
         results.append([int(token) for token in row[: ends[0] if len(ends) else None]])
     return results
+
+
+def _prompt_row(config: ModelConfig, prompt: Sequence[int]) -> list[int]:
+    """What a model reads of a prompt before it makes the first token."""
+    if config.has_encoder:
+        return [*prompt, *([] if config.encoder_end_id is None else [config.encoder_end_id])]
+    # Inputs are targets shifted right, so a row begins with the padding id as BOS.
+    return [_PAD_ID, *prompt]

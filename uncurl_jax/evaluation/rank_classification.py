@@ -18,12 +18,8 @@ from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import (
-    Decoder,
-    moe_metrics,
-    select_targets,
-    token_log_probabilities,
-)
+from uncurl_jax.models.architecture import build, read_batch
+from uncurl_jax.models.decoder import moe_metrics, token_log_probabilities
 from uncurl_jax.partitioning import (
     TOKEN_AXES,
     ExpertAxes,
@@ -57,22 +53,16 @@ def compiled_scores(
     expert_axes: ExpertAxes | None = None,
 ) -> Any:
     """Returns the compiled function (params, batch) -> scores of rows, replicated on a mesh."""
-    decoder = Decoder(config, mesh, expert_axes=expert_axes)
+    model = build(config, mesh, expert_axes=expert_axes)
 
     def scores(params: Any, batch: Any) -> dict[str, jax.Array]:
-        window, targets, weights = select_targets(batch, target_length)
-        logits, sown = decoder.apply(
-            {"params": params},
-            batch.inputs,
-            batch.mask,
-            logit_positions=window,
-            mutable=["intermediates"],
-        )
-        log_probability = token_log_probabilities(logits, targets)
+        read = read_batch(config, batch, target_length)
+        logits, sown = model.apply({"params": params}, **read.arguments, mutable=["intermediates"])
+        log_probability = token_log_probabilities(logits, read.targets)
         left_behind = moe_metrics(sown.get("intermediates", {}))["fraction_tokens_left_behind"]
         return {
-            "log_likelihood": jnp.sum(log_probability * weights, axis=-1),
-            "num_tokens": weights.sum(axis=-1),
+            "log_likelihood": jnp.sum(log_probability * read.weights, axis=-1),
+            "num_tokens": read.weights.sum(axis=-1),
             "left_behind": left_behind,
         }
 
@@ -143,8 +133,10 @@ def row_length(config: ModelConfig, cache: TokenCache) -> int:
     """Returns the padded length of a cache's rows.
 
     Raises:
-      InputError: If a row is longer than the model can read.
+      InputError: If a row is longer than the model can read, or an encoder has nothing to read.
     """
+    if config.has_encoder:
+        cache.check_prompts()
     if cache.max_row_length > config.max_length:
         raise InputError(
             f"Rows must fit the model's max_length={config.max_length}, got up to "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from uncurl_jax.experiments import stages as stages_lib
 from uncurl_jax.experiments.stages import Stage
 from uncurl_jax.experiments.study import StudyConfig
-from uncurl_jax.models.decoder import count_parameters
+from uncurl_jax.models.architecture import count_parameters
 from uncurl_jax.training import throughput
 
 # What a training step of a small model reaches of the matrix product's speed; a rough guess that

@@ -7,20 +7,19 @@ layer, so one class serves dense, unpruned and pruned models alike.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from uncurl_jax.config import ModelConfig
+from uncurl_jax.errors import InputError
 from uncurl_jax.models import layers
+from uncurl_jax.models.attention import SelfAttention
 from uncurl_jax.models.moe import MoeLayer
-from uncurl_jax.partitioning import ExpertAxes, layer_expert_axes, parameter_spec
+from uncurl_jax.partitioning import ExpertAxes, layer_expert_axes
 
 Params = dict[str, Any]
 
@@ -54,23 +53,37 @@ class DecoderLayer(nn.Module):
     ) -> jax.Array:
         """Maps [b, l, d] to [b, l, d] in the compute dtype; see Decoder for the arguments."""
         x, normed = self.attend(x, positions, decode=decode)
-        if self.config.num_experts[self.layer] == 0:
-            return self.feed_forward(x, normed)
-        moe = MoeLayer(
-            self.config, self.layer, self.mesh, self.num_groups, self.expert_axes, name="moe"
-        )
-        y = moe(normed, mask, is_training=is_training, is_dropless=decode)
-        return x + y.astype(x.dtype)
+        return self.transform(x, normed, mask, is_training=is_training, is_dropless=decode)
 
     def attend(
         self, x: jax.Array, positions: jax.Array, *, decode: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the residual stream after attention, and its norm [b, l, d] float32."""
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        normed = layers.norm(config, "pre_attention_norm")(x).astype(dtype)
-        attention = layers.SelfAttention(config, name="attention")
-        x = x + attention(normed, positions, decode=decode)
-        return x, layers.norm(config, "pre_mlp_norm")(x)
+        x = self.attend_to_itself(x, positions, decode=decode)
+        return x, layers.norm(self.config, "pre_mlp_norm")(x)
+
+    def attend_to_itself(self, x: jax.Array, positions: jax.Array, **options: Any) -> jax.Array:
+        """Adds self-attention to the residual stream; options are those of `SelfAttention`."""
+        normed = layers.norm(self.config, "pre_attention_norm")(x).astype(x.dtype)
+        return x + SelfAttention(self.config, name="attention")(normed, positions, **options)
+
+    def transform(
+        self,
+        x: jax.Array,
+        normed: jax.Array,
+        mask: jax.Array,
+        *,
+        is_training: bool,
+        is_dropless: bool,
+    ) -> jax.Array:
+        """Adds what experts or a feed-forward network make of `normed` [b, l, d] float32."""
+        if self.config.num_experts[self.layer] == 0:
+            return self.feed_forward(x, normed)
+        moe = MoeLayer(
+            self.config, self.layer, self.mesh, self.num_groups, self.expert_axes, name="moe"
+        )
+        y = moe(normed, mask, is_training=is_training, is_dropless=is_dropless)
+        return x + y.astype(x.dtype)
 
     def feed_forward(self, x: jax.Array, normed: jax.Array) -> jax.Array:
         """Adds the dense feed-forward network of a layer without experts."""
@@ -118,22 +131,19 @@ class Decoder(nn.Module):
           [b, l, vocab] float32 logits, or [b, n, vocab].
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        length = inputs.shape[1]
-        if length > config.max_length:
-            raise ValueError(
-                f"A sequence must not be longer than max_length={config.max_length}, got {length}."
+        if config.has_encoder:
+            raise InputError(
+                f"A decoder alone has no encoder, got a model with {config.num_encoder_layers} "
+                "layers of one: encoder-decoders are calibrated whole, trained and evaluated with "
+                "the `uncurl` commands, but not run by T5X, placed or benchmarked."
             )
+        length = inputs.shape[1]
+        check_length(config, length)
         if mask is None:
             mask = jnp.ones(inputs.shape, dtype=bool)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), inputs.shape)
-        embedder = nn.Embed(
-            config.vocab_size,
-            config.embed_dim,
-            dtype=dtype,
-            embedding_init=layers.kernel_init(config, "vocab", "embed"),
-            name="token_embedder",
-        )
+        embedder = token_embedder(config)
         x = embedder(inputs)
         if config.position_embedding == "learned":
             position_embedder = nn.Embed(
@@ -154,17 +164,56 @@ class Decoder(nn.Module):
                 name=f"layers_{layer}",
             )
             x = block(x, mask, positions, is_training=is_training, decode=decode)
-        if logit_positions is not None:
-            x = jnp.take_along_axis(x, logit_positions[..., None], axis=1)
-        x = layers.norm(config, "final_norm")(x).astype(dtype)
-        if not config.has_tied_embeddings:
-            embedder = nn.Embed(
-                config.vocab_size,
-                config.embed_dim,
-                embedding_init=layers.kernel_init(config, "vocab", "embed"),
-                name="output_embedder",
-            )
-        return _logits(x, jnp.asarray(embedder.embedding, dtype))
+        return output_logits(config, x, embedder, logit_positions)
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raises ValueError if a sequence is longer than the model reads."""
+    if length > config.max_length:
+        raise ValueError(
+            f"A sequence must not be longer than max_length={config.max_length}, got {length}."
+        )
+
+
+def token_embedder(config: ModelConfig) -> nn.Embed:
+    """The token embedding, part of the module that calls this."""
+    return nn.Embed(
+        config.vocab_size,
+        config.embed_dim,
+        dtype=jnp.dtype(config.dtype),
+        embedding_init=layers.kernel_init(config, "vocab", "embed"),
+        name="token_embedder",
+    )
+
+
+def output_logits(
+    config: ModelConfig, x: jax.Array, embedder: nn.Embed, logit_positions: jax.Array | None
+) -> jax.Array:
+    """Turns the residual stream into logits, as part of the module that calls this.
+
+    Args:
+      config: the model.
+      x: [b, l, d] compute dtype.
+      embedder: of the tokens, the output projection if embeddings are tied.
+      logit_positions: [b, n] int32, see Decoder; None wants all.
+
+    Returns:
+      [b, l or n, vocab] float32.
+    """
+    dtype = jnp.dtype(config.dtype)
+    if logit_positions is not None:
+        x = jnp.take_along_axis(x, logit_positions[..., None], axis=1)
+    x = layers.norm(config, "final_norm")(x)
+    if config.has_scaled_logits:
+        x = x * config.embed_dim**-0.5
+    if not config.has_tied_embeddings:
+        embedder = nn.Embed(
+            config.vocab_size,
+            config.embed_dim,
+            embedding_init=layers.kernel_init(config, "vocab", "embed"),
+            name="output_embedder",
+        )
+    return _logits(x.astype(dtype), jnp.asarray(embedder.embedding, dtype))
 
 
 @jax.custom_vjp
@@ -190,90 +239,6 @@ def _logits_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
 _logits.defvjp(_logits_forward, _logits_backward)
 
 
-class ParameterCount(NamedTuple):
-    """Parameters of a model.
-
-    Attributes:
-      total: all of them.
-      active: those that one token's forward pass uses (k experts per MoE layer).
-    """
-
-    total: int
-    active: int
-
-
-def _boxed_abstract_params(config: ModelConfig) -> Any:
-    tokens = jnp.zeros((1, min(2, config.max_length)), jnp.int32)
-    init = functools.partial(Decoder(config).init, jax.random.key(0))
-    return jax.eval_shape(init, tokens)["params"]
-
-
-def logical_axes(config: ModelConfig) -> Any:
-    """Returns the tree of logical axis names (a PartitionSpec of names) of every parameter."""
-    return nn.get_partition_spec(_boxed_abstract_params(config))
-
-
-def abstract_params(
-    config: ModelConfig, mesh: Mesh | None = None, expert_axes: ExpertAxes | None = None
-) -> Any:
-    """Returns the tree of float32 ShapeDtypeStructs, with shardings if a mesh is given."""
-    boxed = _boxed_abstract_params(config)
-    params = nn.meta.unbox(boxed)
-    if mesh is None:
-        return params
-    names = nn.get_partition_spec(boxed)
-
-    def with_sharding(path: Any, array: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
-        top = path[0].key
-        layer = int(top.removeprefix("layers_")) if top.startswith("layers_") else 0
-        over = layer_expert_axes(expert_axes, layer)
-        sharding = NamedSharding(mesh, parameter_spec(tuple(axes), array.shape, mesh, over))
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(with_sharding, params, names)
-
-
-def init_params(
-    config: ModelConfig,
-    seed: int,
-    mesh: Mesh | None = None,
-    expert_axes: ExpertAxes | None = None,
-) -> Params:
-    """Returns freshly initialised float32 parameters, born sharded if a mesh is given.
-
-    The values depend on `seed` alone, not on the mesh.
-    """
-    return _compiled_init(config, mesh, expert_axes)(jax.random.key(seed))
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_init(
-    config: ModelConfig, mesh: Mesh | None, expert_axes: ExpertAxes | None
-) -> Callable[[jax.Array], Params]:
-    """Returns the compiled function from a key to parameters, one for all seeds."""
-    tokens = jnp.zeros((1, min(2, config.max_length)), jnp.int32)
-
-    def init(key: jax.Array) -> Params:
-        return nn.meta.unbox(Decoder(config).init(key, tokens)["params"])
-
-    shardings = None
-    if mesh is not None:
-        abstract = abstract_params(config, mesh, expert_axes)
-        shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    return jax.jit(init, out_shardings=shardings)
-
-
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Counts parameters from shapes alone; nothing is allocated."""
-    total = inactive = 0
-    for path, array in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]:
-        size = math.prod(array.shape)
-        total += size
-        if "experts" in (entry.key for entry in path):
-            inactive += size // array.shape[0] * (array.shape[0] - config.num_selected_experts)
-    return ParameterCount(total, total - inactive)
-
-
 def moe_metrics(intermediates: Any) -> dict[str, jax.Array]:
     """Reduces what MoE layers sowed: losses are summed over layers, the rest averaged.
 
@@ -289,30 +254,6 @@ def moe_metrics(intermediates: Any) -> dict[str, jax.Array]:
         name: sum(found, zero) / (1 if name.endswith("_loss") else max(len(found), 1))
         for name, found in values.items()
     }
-
-
-def select_targets(
-    batch: Any, target_length: int | None
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Picks the places of each row that can count in a loss or a score.
-
-    Args:
-      batch: with `targets` and `weights`, both [b, l].
-      target_length: n, at least what the weighted targets of any row take up; None or l takes
-        whole rows.
-
-    Returns:
-      Decoder's `logit_positions` ([b, n] int32, consecutive; None for whole rows), and the targets
-      and weights there.
-    """
-    length = batch.weights.shape[-1]
-    if target_length is None or target_length >= length:
-        return None, batch.targets, batch.weights
-    first = jnp.argmax(batch.weights != 0, axis=-1)
-    start = jnp.minimum(first, length - target_length)
-    window = (start[:, None] + jnp.arange(target_length)).astype(jnp.int32)
-    targets = jnp.take_along_axis(batch.targets, window, axis=-1)
-    return window, targets, jnp.take_along_axis(batch.weights, window, axis=-1)
 
 
 def token_log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:

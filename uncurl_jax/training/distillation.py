@@ -21,7 +21,9 @@ from uncurl_jax.checkpoints.provenance import provenance_chain
 from uncurl_jax.config import DistillationConfig, ModelConfig
 from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.errors import InputError
+from uncurl_jax.models.architecture import ModelInputs
 from uncurl_jax.pruning.plan import PruningPlan
+from uncurl_jax.training.losses import BatchTotals
 
 # The least probability a cluster's logarithm is taken of; softmaxes of float32 may round to 0.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -150,77 +152,60 @@ def router_divergence(
     return jnp.sum(jnp.where(mask, divergence, 0.0))
 
 
-def terms(
-    student: Observed,
-    teacher: Observed,
-    weights: jax.Array,
-    mask: jax.Array,
-    *,
-    spec: Teacher,
-    model: ModelConfig,
-) -> dict[str, jax.Array]:
-    """Returns the terms that have a weight, as sums over one part of a batch.
-
-    Args:
-      student: its forward pass.
-      teacher: the teacher's, on the same tokens.
-      weights: [b, l] float32 weights of the targets, at the places of the logits.
-      mask: [b, l] bool, the real tokens.
-      spec: the teacher.
-      model: the student's architecture.
-
-    Returns:
-      "distillation_logit_kl", to be divided by the sum of the weights, and
-      "distillation_router_kl", a mean over layers, to be divided by the number of real tokens.
-    """
-    found = {}
-    if spec.weights.logit_weight:
-        found["distillation_logit_kl"] = logit_divergence(
-            student.logits, teacher.logits, weights, spec.weights.temperature
-        )
-    if spec.weights.router_weight:
-        divergences = [
-            router_divergence(
-                student.router_logits[layer],
-                teacher.router_logits[layer],
-                mask,
-                labels,
-                model.expert_map[layer] if model.expert_map is not None else None,
-            )
-            for layer, labels in spec.clusters
-        ]
-        found["distillation_router_kl"] = sum(divergences, jnp.zeros(())) / len(divergences)
-    return found
-
-
-class Weighted(NamedTuple):
-    """What a part of a batch adds to the loss and to the metrics."""
+class Terms(NamedTuple):
+    """What a part of a batch adds to the loss and to the metrics; parts add up."""
 
     loss: jax.Array
     metrics: dict[str, jax.Array]
 
 
-def weighted(
-    sums: Mapping[str, jax.Array],
-    total_weight: jax.Array,
-    num_tokens: jax.Array,
-    weights: DistillationConfig,
-) -> Weighted:
-    """Turns the sums of `terms` into means over the whole batch, and adds them up by weight.
+def terms(
+    student: Observed,
+    teacher: Observed,
+    read: ModelInputs,
+    totals: BatchTotals,
+    *,
+    spec: Teacher,
+    model: ModelConfig,
+) -> Terms:
+    """Computes the terms that have a weight for one part of a batch.
 
     Args:
-      sums: of one part of the batch.
-      total_weight: scalar, sum of the weights of the whole batch's targets.
-      num_tokens: scalar, real tokens of the whole batch.
-      weights: of the terms.
+      student: its forward pass.
+      teacher: the teacher's, on the same tokens.
+      read: the part, as both read it.
+      totals: of the whole batch.
+      spec: the teacher.
+      model: the student's architecture.
+
+    Returns:
+      The weighted sum and, as metrics, the terms: "distillation_logit_kl", a mean over the loss's
+      tokens, and "distillation_router_kl", a mean over the real tokens of each MoE layer and over
+      these layers.
     """
-    scales = {
-        "distillation_logit_kl": (total_weight, weights.logit_weight),
-        "distillation_router_kl": (num_tokens, weights.router_weight),
-    }
-    means = {name: value / scales[name][0] for name, value in sums.items()}
-    loss = sum((scales[name][1] * mean for name, mean in means.items()), jnp.zeros(()))
-    return Weighted(loss, means)
+    metrics = {}
+    loss = jnp.zeros(())
+    if spec.weights.logit_weight:
+        divergence = logit_divergence(
+            student.logits, teacher.logits, read.weights, spec.weights.temperature
+        )
+        metrics["distillation_logit_kl"] = divergence / totals.weight
+        loss += spec.weights.logit_weight * metrics["distillation_logit_kl"]
+    if spec.weights.router_weight:
+        means = [
+            router_divergence(
+                student.router_logits[layer],
+                teacher.router_logits[layer],
+                read.masks[layer],
+                labels,
+                model.expert_map[layer] if model.expert_map is not None else None,
+            )
+            / totals.tokens[layer]
+            for layer, labels in spec.clusters
+        ]
+        metrics["distillation_router_kl"] = sum(means, jnp.zeros(())) / len(means)
+        loss += spec.weights.router_weight * metrics["distillation_router_kl"]
+    return Terms(loss, metrics)
 
 
 def check_teacher(
@@ -255,6 +240,12 @@ def check_teacher(
             "Teacher and student must have the same rows of embeddings, got vocab_size "
             f"{found.vocab_size} of {teacher} and {model.vocab_size}: choose a teacher that the "
             "student was pruned from, or one of the same vocab_size."
+        )
+    if found.num_encoder_layers != model.num_encoder_layers:
+        raise InputError(
+            "Teacher and student must have the same encoder layers, got num_encoder_layers "
+            f"{found.num_encoder_layers} of {teacher} and {model.num_encoder_layers}: choose a "
+            "teacher that the student was pruned from."
         )
     if found.max_length < length:
         raise InputError(

@@ -10,6 +10,18 @@ import jax.numpy as jnp
 from uncurl_jax.models.decoder import token_log_probabilities
 
 
+class BatchTotals(NamedTuple):
+    """What the sums over the parts of a batch are divided by.
+
+    Attributes:
+      weight: float32 scalar, of the loss's tokens.
+      tokens: for each layer a float32 scalar, the real tokens that it sees.
+    """
+
+    weight: jax.Array
+    tokens: tuple[jax.Array, ...]
+
+
 class TokenLoss(NamedTuple):
     """Sums over the target tokens of a batch; divide by `weight` for means.
 

@@ -13,13 +13,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uncurl_jax.config import ModelConfig, TrainConfig
-from uncurl_jax.models.decoder import (
-    Decoder,
-    Params,
-    abstract_params,
-    moe_metrics,
-    select_targets,
-)
+from uncurl_jax.models.architecture import abstract_params, build, read_batch
+from uncurl_jax.models.decoder import Params, moe_metrics
 from uncurl_jax.partitioning import ExpertAxes, replicated
 from uncurl_jax.training import distillation, losses, optimizer
 
@@ -36,18 +31,6 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Params
     opt_state: Any
-
-
-class BatchTotals(NamedTuple):
-    """What the sums over the parts of a batch are divided by.
-
-    Attributes:
-      weight: float32 scalar, of the loss's tokens.
-      tokens: float32 scalar, number of real tokens.
-    """
-
-    weight: jax.Array
-    tokens: jax.Array
 
 
 def _optimizer_of(config: TrainConfig) -> optax.GradientTransformation:
@@ -177,7 +160,7 @@ def _compiled_step(
     target_length,
     teacher,
 ):
-    decoder = Decoder(model, mesh, num_groups, expert_axes)
+    module = build(model, mesh, num_groups, expert_axes)
     # Router logits are observed if they are compared.
     has_router_term = teacher is not None and bool(teacher.clusters)
     mutable = ["intermediates", *(["router_observations"] if has_router_term else [])]
@@ -185,32 +168,26 @@ def _compiled_step(
     schedule = optimizer.learning_rate_schedule(optimizer_config, num_steps)
 
     def teach(
-        spec: distillation.Teacher, teacher_params: Params, part: Any, window: jax.Array | None
+        spec: distillation.Teacher, teacher_params: Params, arguments: dict[str, Any]
     ) -> distillation.Observed:
-        logits, sown = Decoder(spec.model, mesh, num_groups, expert_axes).apply(
-            {"params": jax.lax.stop_gradient(teacher_params)},
-            part.inputs,
-            part.mask,
-            logit_positions=window,
-            mutable=mutable[1:],
+        logits, sown = build(spec.model, mesh, num_groups, expert_axes).apply(
+            {"params": jax.lax.stop_gradient(teacher_params)}, **arguments, mutable=mutable[1:]
         )
         return distillation.observed(logits, sown, spec.model)
 
     def loss_of_part(
-        params: Params, part: Any, totals: BatchTotals, key: jax.Array, teacher_params: Any
+        params: Params, part: Any, totals: losses.BatchTotals, key: jax.Array, teacher_params: Any
     ):
         """Loss of one part of the batch; the parts' losses and gradients add up."""
-        window, targets, weights = select_targets(part, target_length)
-        logits, sown = decoder.apply(
+        read = read_batch(model, part, target_length)
+        logits, sown = module.apply(
             {"params": params},
-            part.inputs,
-            part.mask,
+            **read.arguments,
             is_training=True,
-            logit_positions=window,
             mutable=mutable,
             rngs={"jitter": key},
         )
-        tokens = losses.token_loss(logits, targets, weights)
+        tokens = losses.token_loss(logits, read.targets, read.weights)
         metrics = moe_metrics(sown.get("intermediates", {}))
         metrics = {name: value / accumulation for name, value in metrics.items()}
         cross_entropy = tokens.cross_entropy / totals.weight
@@ -218,15 +195,14 @@ def _compiled_step(
         metrics["cross_entropy"] = cross_entropy
         metrics["token_accuracy"] = tokens.correct / totals.weight
         if teacher is not None:
-            sums = distillation.terms(
+            added = distillation.terms(
                 distillation.observed(logits, sown, model),
-                teach(teacher, teacher_params, part, window),
-                weights,
-                part.mask,
+                teach(teacher, teacher_params, read.arguments),
+                read,
+                totals,
                 spec=teacher,
                 model=model,
             )
-            added = distillation.weighted(sums, totals.weight, totals.tokens, teacher.weights)
             loss += added.loss
             metrics |= added.metrics
         return loss, metrics
@@ -235,9 +211,12 @@ def _compiled_step(
 
     def step(state: TrainState, batch: Any, seed: jax.Array, teacher_params: Any = None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        totals = BatchTotals(
+        totals = losses.BatchTotals(
             jnp.maximum(batch.weights.sum(), 1.0),
-            jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0),
+            tuple(
+                jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
+                for mask in read_batch(model, batch, target_length).masks
+            ),
         )
         if accumulation == 1:
             (loss, metrics), grads = gradient(state.params, batch, totals, key, teacher_params)

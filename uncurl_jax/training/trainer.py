@@ -35,7 +35,7 @@ from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.config import ModelConfig, TrainConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
-from uncurl_jax.models.decoder import count_parameters, init_params
+from uncurl_jax.models.architecture import count_parameters, init_params
 from uncurl_jax.partitioning import (
     check_batch_size,
     check_expert_axes,
@@ -265,6 +265,8 @@ def _check(
             f"model.vocab_size must be at least the vocabulary's size, got {model.vocab_size} for "
             f"{vocabulary['name']} with {vocabulary['size']}: set ModelConfig.vocab_size."
         )
+    if model.has_encoder:
+        cache.check_prompts()
     length = config.length or min(bucket_length(cache.max_row_length), model.max_length)
     if not cache.max_row_length <= length <= model.max_length:
         raise InputError(
