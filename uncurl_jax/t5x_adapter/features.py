@@ -39,8 +39,8 @@ class _CappedPrefixConverter(seqio.PrefixLMFeatureConverter):
         check = tf.debugging.assert_less_equal(
             tf.size(row["targets"]),
             self._row_length,
-            "A row (inputs and targets together) must fit the model's max_length: lower "
-            "TASK_FEATURE_LENGTHS['inputs'].",
+            "A row, inputs and targets together, must fit max_length of the model: lower "
+            "TASK_FEATURE_LENGTHS of its inputs.",
         )
         with tf.control_dependencies([check]):
             return {**row, "targets": tf.identity(row["targets"])}

@@ -8,6 +8,7 @@ is an instance of, and functions that say what is missing when they are called.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -50,6 +51,7 @@ class _StandIn(types.ModuleType):
 def _module(name: str, **names: Any) -> _StandIn:
     module = _StandIn(name, f"Stands in for {name}; see {__name__}.")
     module.package = name.partition(".")[0]
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     for key, value in names.items():
         setattr(module, key, value)
     sys.modules[name] = module
