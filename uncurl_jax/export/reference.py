@@ -14,7 +14,8 @@ import numpy as np
 from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.export.sources import Source
-from uncurl_jax.models.decoder import Decoder, token_log_probabilities
+from uncurl_jax.models.decoder import Decoder, Params, token_log_probabilities
+from uncurl_jax.partitioning import TOKEN_AXES, axis_size, place_batch
 
 _ROWS, _STEPS, _TARGETS = 4, 2, 3
 _LONGEST = 48
@@ -51,42 +52,67 @@ def reference_inputs(config: ModelConfig, vocabulary_size: int) -> dict[str, np.
     }
 
 
-def checkpoint_outputs(source: Source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def checkpoint_params(source: Source) -> Params:
+    """Returns a checkpoint's parameters, float32, the position table as long as it is served."""
+    params = load_model(source.checkpoint).params
+    if "position_embedder" in params:
+        table = params["position_embedder"]["embedding"][: source.config.max_length]
+        params = {**params, "position_embedder": {"embedding": table}}
+    return params
+
+
+def checkpoint_outputs(
+    source: Source, inputs: dict[str, np.ndarray], params: Params | None = None
+) -> dict[str, np.ndarray]:
     """Computes the outputs from the checkpoint, with nothing of what makes up an artifact.
 
-    That is one forward pass over prompts and what follows them, without cache, pools, symbolic
-    shapes or files of an artifact, in the served model's compute dtype.
+    Args:
+      source: the checkpoint.
+      inputs: what `reference_inputs` returned.
+      params: other parameters of its architecture in their place.
 
     Returns:
       What `runner.run_reference` returns for the artifact's model.
     """
-    config, lengths = source.config, inputs["lengths"]
-    params = load_model(source.checkpoint).params
-    if "position_embedder" in params:
-        table = params["position_embedder"]["embedding"][: config.max_length]
-        params = {**params, "position_embedder": {"embedding": table}}
+    variables = {"params": checkpoint_params(source) if params is None else params}
+    return forward_outputs(Decoder(source.config), variables, inputs)
+
+
+def forward_outputs(
+    decoder: Decoder, variables: dict[str, Any], inputs: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Computes the outputs by one forward pass over prompts and what follows them, without a cache.
+
+    Args:
+      decoder: the model, on one device or on a mesh.
+      variables: its collections.
+      inputs: what `reference_inputs` returned.
+    """
+    lengths = inputs["lengths"]
     width, steps = inputs["inputs"].shape[1], inputs["tokens"].shape[1]
     rows = np.arange(len(lengths))
     tokens = np.pad(inputs["inputs"], ((0, 0), (0, steps)))
     for step in range(steps):
         tokens[rows, lengths + step] = inputs["tokens"][:, step]
+    mask = np.arange(width + steps) < (lengths + steps)[:, None]
+    # On a mesh rows divide evenly among the devices that hold tokens.
+    shards = axis_size(decoder.mesh, TOKEN_AXES) if decoder.mesh is not None else 1
+    filled = np.resize(rows, -(-len(rows) // shards) * shards)
 
     @jax.jit
-    def forward(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        mask = jnp.arange(tokens.shape[1]) < (lengths + steps)[:, None]
-        logits, found = Decoder(config).apply(
-            {"params": params}, tokens, mask, mutable=["router_observations"]
-        )
+    def forward(variables: Any, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+        logits, found = decoder.apply(variables, tokens, mask, mutable=["router_observations"])
         return logits, found.get("router_observations", {})
 
-    logits, observed = jax.device_get(forward(params, tokens))
+    placed = place_batch((tokens[filled], mask[filled]), decoder.mesh)
+    logits, observed = jax.device_get(forward(variables, *placed))
     outputs = {"prefill_logits": logits[rows, lengths - 1]}
     for step in range(steps):
         outputs[f"decode_logits/{step}"] = logits[rows, lengths + step]
     is_prompt = np.arange(width) < lengths[:, None]
     for layer, sown in observed.items():
         (choice,) = sown["moe"]["observation"]
-        chosen = choice["expert_index"]
+        chosen = choice["expert_index"][rows]
         outputs[f"prefill_experts/{layer}"] = np.where(is_prompt[..., None], chosen[:, :width], -1)
         for step in range(steps):
             outputs[f"decode_experts/{step}/{layer}"] = chosen[rows, lengths + step][:, None]

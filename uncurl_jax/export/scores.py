@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.checkpoints.provenance import provenance_chain
 from uncurl_jax.data import metrics
 from uncurl_jax.data.cache_writer import RANK_CLASSIFICATION
@@ -18,27 +20,35 @@ from uncurl_jax.export.runner import Model
 _EXAMPLES_PER_BATCH = 16
 
 
-def rank_score(model: Model, cache: TokenCache) -> dict[str, Any]:
-    """Ranks the options of every example by their log-likelihood.
-
-    Returns:
-      {"score" in percent, "interval" of 95 %, "metrics", "num_examples"}.
+def check_cache(cache: TokenCache, max_length: int, vocabulary_hash: str) -> None:
+    """Checks, before any work, that an artifact can be scored on a token cache.
 
     Raises:
-      InputError: If the cache has no options, or a row is longer than the model reads.
+      InputError: If the cache has no options or labels, another vocabulary or longer rows.
     """
+    cache.check_vocabulary(vocabulary_hash)
     if cache.kind != RANK_CLASSIFICATION:
         raise InputError(
             f"An artifact is scored on a task with options, got {cache.kind} in "
             f"{cache.directory}: give another --cache."
         )
-    if cache.max_row_length > model.max_length:
+    if cache.max_row_length > max_length:
         raise InputError(
-            f"Rows must fit the artifact's max_length={model.max_length}, got up to "
+            f"Rows must fit the artifact's max_length={max_length}, got up to "
             f"{cache.max_row_length} tokens in {cache.directory}: raise --max_length."
         )
-    examples, score = cache.examples(), cache.score()
+    examples = cache.examples()
+    cache.score()
     metrics.check_predictions(examples, [0] * len(examples))
+
+
+def rank_score(model: Model, cache: TokenCache) -> dict[str, Any]:
+    """Ranks the options of every example by their log-likelihood.
+
+    Returns:
+      {"score" in percent, "interval" of 95 %, "metrics", "num_examples"}.
+    """
+    examples, score = cache.examples(), cache.score()
     log_likelihood = np.full(cache.num_rows, np.nan)
     length = min(bucket_length(cache.max_row_length), model.max_length)
     for batch, rows in cache.option_batches(_EXAMPLES_PER_BATCH, length=length):
@@ -71,27 +81,31 @@ def _row_scores(model: Model, batch: Batch, target_length: int) -> np.ndarray:
     return np.asarray(result["log_likelihood"], np.float64)
 
 
+Evaluate = Callable[[LoadedModel, TokenCache], Mapping[str, Any]]
+
+
 def described(
-    model: Model,
     checkpoint: layout.CheckpointPath,
     cache: TokenCache,
-    evaluate: Callable[[layout.CheckpointPath, TokenCache], Mapping[str, Any]] | None,
+    measure: Callable[[], Mapping[str, Any]],
+    evaluate: Evaluate | None,
 ) -> dict[str, Any]:
     """Returns a model's "task", "prompt" and "scores" for the manifest.
 
     Args:
-      model: of the artifact.
-      checkpoint: that it comes from.
-      cache: what to score both on.
-      evaluate: scores the checkpoint; None leaves that out.
+      checkpoint: that is exported.
+      cache: what both are scored on.
+      measure: scores what is exported.
+      evaluate: scores the checkpoint, in its own dtype; None leaves that out.
     """
     example = cache.examples()[0]
     options = {example.options for example in cache.examples()}
-    measured = {"artifact": rank_score(model, cache)}
+    found = {"artifact": measure()}
     if evaluate is not None:
-        found = evaluate(checkpoint, cache)
-        names = ("score", "interval", "metrics", "num_examples")
-        measured["checkpoint"] = {name: found[name] for name in names}
+        model = load_model(checkpoint)
+        config = dataclasses.replace(model.config, eval_capacity_factor=None)
+        found["checkpoint"] = evaluate(model._replace(config=config), cache)
+    names = ("score", "interval", "metrics", "num_examples")
     return {
         "task": cache.task,
         "prompt": {
@@ -101,7 +115,7 @@ def described(
         "scores": {
             "token_cache": {"task": cache.task, "split": cache.split, "hash": cache.hash},
             "is_dropless": True,
-            **measured,
+            **{which: {name: values[name] for name in names} for which, values in found.items()},
         },
     }
 

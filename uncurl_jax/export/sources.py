@@ -18,7 +18,7 @@ from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
 from uncurl_jax.export.programs import EXPERT_MAP, SCALE_SUFFIX
 from uncurl_jax.export.quantization import quantize
-from uncurl_jax.export.tensor_file import TensorWriter
+from uncurl_jax.export.tensor_file import MemoryWriter, TensorWriter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # What the model computes with in float32, whatever its compute dtype.
@@ -139,7 +139,7 @@ class SharedWeights:
 
 def write_weights(
     sources: Sequence[Source],
-    writer: TensorWriter,
+    writer: TensorWriter | MemoryWriter,
     *,
     quantization: str | None = None,
     progress: Progress = lambda _: None,
@@ -248,7 +248,7 @@ def _pool(sources: Sequence[Source], layer: int) -> _Pool:
 def _write_pool(
     pool: _Pool,
     layer: int,
-    writer: TensorWriter,
+    writer: TensorWriter | MemoryWriter,
     quantization: str | None,
     progress: Progress,
 ) -> tuple[list[str], int]:

@@ -69,3 +69,32 @@ class TensorWriter:
             path = self._directory / f"{self._num_files:05}.safetensors"
             write_tensors(path, self._pending)
             self._pending = {}
+
+
+class MemoryWriter:
+    """Takes arrays as `TensorWriter` does and keeps them.
+
+    Attributes:
+      arrays: {name: array}.
+    """
+
+    def __init__(self) -> None:
+        """Begins with none."""
+        self.arrays: dict[str, np.ndarray] = {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """{name: (shape, dtype)} of everything added."""
+        return {name: (array.shape, array.dtype) for name, array in self.arrays.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Adds an array under a new name."""
+        self.arrays[name] = array
+
+    def flush(self) -> None:
+        """Does nothing: everything is where it stays."""

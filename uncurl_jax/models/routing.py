@@ -32,10 +32,24 @@ def choose_experts(logits: jax.Array, num_selected: int, *, normalize_gates: boo
     """Top-k routing. With k = 1 the gate is the Switch probability (arXiv 2101.03961, eq. 2)."""
     logits = logits.astype(jnp.float32)
     probabilities = jax.nn.softmax(logits, axis=-1)
-    gate, expert_index = jax.lax.top_k(probabilities, num_selected)
+    # TensorFlow cannot run the top_k of an exported program whose batch is not known.
+    is_symbolic = any(map(jax.export.is_symbolic_dim, logits.shape))
+    top_k = _top_k_by_rounds if is_symbolic else jax.lax.top_k
+    gate, expert_index = top_k(probabilities, num_selected)
     if normalize_gates:
         gate = gate / gate.sum(axis=-1, keepdims=True)
     return RouterChoice(logits, probabilities, expert_index.astype(jnp.int32), gate)
+
+
+def _top_k_by_rounds(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of values [..., e] that are at least 0, one maximum after the other."""
+    left, chosen = values, []
+    for _ in range(k):
+        chosen.append(left.argmax(axis=-1))
+        is_chosen = jnp.arange(values.shape[-1]) == chosen[-1][..., None]
+        left = jnp.where(is_chosen, -1.0, left)
+    index = jnp.stack(chosen, axis=-1)
+    return jnp.take_along_axis(values, index, axis=-1), index
 
 
 def ranks_within_expert(
