@@ -26,7 +26,7 @@ import numpy as np
 
 from uncurl_jax import artifacts
 from uncurl_jax.data.tasks import Example
-from uncurl_jax.data.vocabulary import Vocabulary
+from uncurl_jax.data.vocabulary import PAD_ID, Vocabulary
 from uncurl_jax.errors import InputError
 
 FORMAT = "uncurl_jax token cache"
@@ -71,7 +71,8 @@ def encode_example(example: Example, vocabulary: Vocabulary, max_length: int) ->
       max_length: most ids of prompt, option and end of text together.
 
     Raises:
-      InputError: If there is no option, or one does not fit into `max_length` by itself.
+      InputError: If there is no option, or one does not fit into `max_length` by itself; or if the
+        prompt is empty although nothing else stands before the options.
     """
     if not example.options:
         raise InputError(
@@ -81,12 +82,19 @@ def encode_example(example: Example, vocabulary: Vocabulary, max_length: int) ->
         [*vocabulary.encode_after_space(text), vocabulary.eos_id] for text in example.options
     ]
     longest = max(len(ids) for ids in options)
-    if longest > max_length:
+    # Without a BOS the last token of the prompt is what the first one of an option follows.
+    least = 1 if vocabulary.bos_id is None else 0
+    if longest + least > max_length:
         raise InputError(
             f"An option and its end of text must fit into max_length={max_length}, got {longest} "
             f"tokens in example {example.idx}: raise max_length."
         )
     prompt = vocabulary.encode(example.prompt)
+    if len(prompt) < least:
+        raise InputError(
+            f"A prompt must have a token where {vocabulary.name} begins no row by itself, got an "
+            f"empty prompt in example {example.idx}: give it a text."
+        )
     num_dropped = max(len(prompt) + longest - max_length, 0)
     return EncodedExample(prompt[num_dropped:], options, num_dropped)
 
@@ -195,6 +203,8 @@ class CacheWriter:
             "format_version": FORMAT_VERSION,
             **fields,
             "vocabulary": self.vocabulary.describe(),
+            # Left out where it is padding, as in caches of earlier versions.
+            **({} if self.vocabulary.bos_id == PAD_ID else {"bos_id": self.vocabulary.bos_id}),
             "rows": self.num_rows,
             "target_rows": sum(self._columns["is_target"]),
             "examples": self.num_examples,

@@ -29,7 +29,9 @@ class Batch(NamedTuple):
     """Rows for the model; b rows of length l, filled up on the right.
 
     Attributes:
-      inputs: [b, l] int32, targets shifted right, starting with padding (id 0).
+      inputs: [b, l] int32, targets shifted right, starting with the vocabulary's bos_id (padding,
+        id 0, for all but Hugging Face's); without one, with the row's first token, which is then
+        no target.
       targets: [b, l] int32, tokens, then padding.
       weights: [b, l] float32, 1 where a token counts in the loss: option and end of text.
       mask: [b, l] bool, True where the target is a real token, prompt included.
@@ -147,6 +149,11 @@ class TokenCache:
     def vocabulary_hash(self) -> str:
         """Hash of the vocabulary that the tokens belong to."""
         return self.manifest["vocabulary"]["hash"]
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that rows begin with where they are read, None if with their first token."""
+        return self.manifest.get("bos_id", PAD_ID)
 
     @property
     def num_rows(self) -> int:
@@ -409,17 +416,22 @@ class TokenCache:
 
     def _gather(self, rows: np.ndarray, length: int) -> Batch:
         """Copies rows ([b] int, -1 for an empty one) into arrays of [b, length]."""
-        targets = np.full((len(rows), length), PAD_ID, np.int32)
+        # What is read and what is predicted are two views of it, one place apart.
+        ids = np.full((len(rows), length + 1), PAD_ID, np.int32)
+        bos_id = self.bos_id
+        is_shifted = bos_id is not None
+        if bos_id is not None:
+            ids[:, 0] = bos_id
         sizes = np.zeros(len(rows), np.int64)
         prompts = np.zeros(len(rows), np.int64)
         for place, row in enumerate(rows.tolist()):
             if row >= 0:
                 tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
-                targets[place, : len(tokens)] = tokens
+                ids[place, is_shifted : is_shifted + len(tokens)] = tokens
                 sizes[place], prompts[place] = len(tokens), self.prompt_lengths[row]
-        inputs = np.concatenate(
-            [np.full((len(rows), 1), PAD_ID, np.int32), targets[:, :-1]], axis=1
-        )
+        if not is_shifted:
+            sizes, prompts = np.maximum(sizes - 1, 0), np.maximum(prompts - 1, 0)
+        inputs, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
         positions = np.arange(length)
         mask = positions < sizes[:, None]
         weights = (mask & (positions >= prompts[:, None])).astype(np.float32)

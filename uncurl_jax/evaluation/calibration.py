@@ -310,7 +310,8 @@ def check_request(
             f"Calibration needs routers with one column per expert, got {checkpoint}, which was "
             "pruned with router 'remap': prune again with another treatment."
         )
-    cache.check_vocabulary(checkpoint.vocabulary()["hash"])
+    record = checkpoint.vocabulary()
+    cache.check_vocabulary(record["hash"], record["name"])
     if config.has_encoder:
         cache.check_prompts()
 

@@ -311,7 +311,11 @@ def _generate(
         # One batch shape, one compiled program: the last batch repeats its last prompt.
         filled = part + part[-1:] * (examples_per_batch - len(part))
         tokens = generation.generate(
-            model, filled, max_new_tokens=max_new_tokens, eos_id=vocabulary.eos_id
+            model,
+            filled,
+            max_new_tokens=max_new_tokens,
+            eos_id=vocabulary.eos_id,
+            bos_id=vocabulary.bos_id,
         )
         outputs.extend(tokens[: len(part)])
     return outputs
@@ -412,7 +416,7 @@ def evaluate_checkpoint(
         check_seqio_task(seqio_task, is_generating=mode == GENERATE)
     path = layout.resolve(checkpoint)
     record = path.vocabulary()
-    cache.check_vocabulary(record["hash"])
+    cache.check_vocabulary(record["hash"], record["name"])
     loaded = load_vocabulary(vocabulary or record["spec"]) if mode == GENERATE else None
     mesh = make_mesh(expert_partitions=expert_partitions, model_partitions=model_partitions)
     is_sharded = mesh.size > 1 and mode == RANK

@@ -46,8 +46,8 @@ def prefill(model: Model, params: Params, inputs: jax.Array, lengths: jax.Array)
     Args:
       model: on one device or on a mesh.
       params: its parameters.
-      inputs: [b, l] int32. A decoder's begin with the padding id, as its targets shifted right do;
-        an encoder's are the prompt itself.
+      inputs: [b, l] int32. A decoder's begin with its BOS, as its targets shifted right do; an
+        encoder's are the prompt itself.
       lengths: [b] int32, how many of them count.
     """
     places = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
@@ -222,6 +222,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_id: int,
+    bos_id: int | None = _PAD_ID,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[list[int]]:
@@ -232,6 +233,8 @@ def generate(
       prompts: token ids, each possibly of another length.
       max_new_tokens: at most so many are made.
       eos_id: ends a row; not returned.
+      bos_id: what a decoder reads before a prompt, as in training; None for models that read the
+        prompt alone.
       temperature: 0 takes the most likely token, else the softmax of logits / temperature is
         sampled with `seed`.
       seed: of the samples.
@@ -240,7 +243,8 @@ def generate(
       The new tokens of each prompt.
 
     Raises:
-      InputError: If a prompt and its continuation do not fit the model's max_length.
+      InputError: If a prompt and its continuation do not fit the model's max_length, or a decoder
+        would read nothing at all.
     """
     if model.mesh is not None:
         raise InputError("Generation runs on one device: load the model without a mesh.")
@@ -253,7 +257,12 @@ def generate(
             f"A prompt and max_new_tokens must fit max_length={config.max_length}, got "
             f"{longest} + {max_new_tokens}: shorten one of them."
         )
-    rows = [_prompt_row(config, prompt) for prompt in prompts]
+    rows = [_prompt_row(config, prompt, bos_id) for prompt in prompts]
+    if not all(rows):
+        raise InputError(
+            "A prompt must have a token for a model without a token that begins texts, got an "
+            "empty prompt: give it a text."
+        )
     lengths = np.asarray([len(row) for row in rows], np.int32)
     width = min(-(-int(lengths.max()) // 32) * 32, config.max_length)
     inputs = np.zeros((len(prompts), width), np.int32)
@@ -270,9 +279,9 @@ def generate(
     return results
 
 
-def _prompt_row(config: ModelConfig, prompt: Sequence[int]) -> list[int]:
+def _prompt_row(config: ModelConfig, prompt: Sequence[int], bos_id: int | None) -> list[int]:
     """What a model reads of a prompt before it makes the first token."""
     if config.has_encoder:
         return [*prompt, *([] if config.encoder_end_id is None else [config.encoder_end_id])]
-    # Inputs are targets shifted right, so a row begins with the padding id as BOS.
-    return [_PAD_ID, *prompt]
+    # Inputs are targets shifted right.
+    return [*([] if bos_id is None else [bos_id]), *prompt]
