@@ -120,8 +120,6 @@ def export_checkpoint(
         raise InputError(f'--format must be "hf", got {file_format!r}: choose it.')
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}: choose one.")
-    if max_shard_bytes is not None and max_shard_bytes < 1:
-        raise InputError(f"--max_shard_bytes must be at least 1, got {max_shard_bytes}.")
     reader = layout.open_reader(checkpoint)
     summary = _convert(_Request(reader, "export", "hf", dtype, max_shard_bytes), out, progress)
     model_type = huggingface.resolve(summary["out"]).family.model_type

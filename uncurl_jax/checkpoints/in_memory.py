@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from uncurl_jax.artifacts import atomic_directory
-from uncurl_jax.checkpoints import layout, pruned
+from uncurl_jax.checkpoints import companions, layout, pruned
 from uncurl_jax.checkpoints.accounting import STEP, Accounts, account, pruned_config
 from uncurl_jax.checkpoints.parameters import is_expert_array
 from uncurl_jax.checkpoints.replay import choose_workers
@@ -66,6 +66,7 @@ def prune_in_memory(
             vocabulary=reader.checkpoint.vocabulary(),
         ) as store:
             store.save(0, tree[layout.TARGET])
+        companions.carry(reader.checkpoint, directory)
         hashes = pruned.hashes_record(plan, _hashes(tree, accounts))
         layout.write_json_at(directory / pruned.HASHES_FILE, hashes)
     return {

@@ -124,7 +124,13 @@ def make_sink(new: NewCheckpoint, file_format: str, max_shard_bytes: int | None 
     """
     if file_format not in FORMATS:
         raise InputError(f'--format must be "uncurl" or "hf", got {file_format!r}: choose one.')
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise InputError(f"--max_shard_bytes must be at least 1, got {max_shard_bytes}.")
     if file_format == "uncurl":
+        if max_shard_bytes is not None:
+            raise InputError(
+                f"--max_shard_bytes goes with --format hf, got {max_shard_bytes}: leave it out."
+            )
         return StateSink(new)
     from uncurl_jax.checkpoints.huggingface.sink import MAX_SHARD_BYTES, HuggingFaceSink
 

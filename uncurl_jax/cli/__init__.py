@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from uncurl_jax import __version__
-from uncurl_jax.cli import recipe_commands, t5x_commands
+from uncurl_jax.cli import convert_commands, recipe_commands, t5x_commands
 from uncurl_jax.errors import InputError
 
 _GIN_PREFIX = "--gin."
@@ -201,7 +201,12 @@ def _add_model_commands(command: Any) -> None:
     sub.add_argument("--checkpoint", required=True)
     sub.add_argument("--plan", required=True)
     sub.add_argument("--workers", type=int, help="processes for the alignment; chosen if not given")
+    sub.add_argument("--format", help="of the result: uncurl (default), or hf (transformers)")
+    sub.add_argument("--max_shard_bytes", type=int, help="largest file of --format hf (5 GB)")
     sub.add_argument("--out", required=True)
+
+    convert_commands.add_import_parser(command)
+    convert_commands.add_export_parser(command)
 
     sub = command("evaluate", "Score a checkpoint on a task.")
     sub.add_argument("--checkpoint", required=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import refuse_existing
-from uncurl_jax.cli import recipe_commands, t5x_commands
+from uncurl_jax.cli import convert_commands, recipe_commands, t5x_commands
 from uncurl_jax.cli.gin_config import bound, bound_value, configured
 from uncurl_jax.errors import InputError
 
@@ -33,6 +33,8 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "inspect-plan": (),
     "verify": (),
     "prune": ("uncurl_jax.checkpoints.transform",),
+    "import": (),
+    "export": (),
     "evaluate": ("uncurl_jax.evaluation.evaluator",),
     "compare": ("uncurl_jax.evaluation.evaluator",),
     "inspect": (),
@@ -95,7 +97,7 @@ def initialize_distributed(options: Options, *, saves_on_sigterm: bool = False) 
 
 
 @contextlib.contextmanager
-def _progress(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """Yields show(done, total) of a progress bar with remaining time.
 
     The delay keeps an empty bar from standing before the sentence about a wrong input.
@@ -134,7 +136,7 @@ def _check_writable(out: str | Path) -> None:
         )
 
 
-def _new_output(path: str) -> Path:
+def new_output(path: str) -> Path:
     """Returns the path of an output that does not exist yet and can be written."""
     out = refuse_existing(path)
     _check_writable(path)
@@ -234,7 +236,7 @@ def cache(options: Options) -> Any:
 
     from uncurl_jax.data import token_cache
 
-    out = _new_output(options.pop("out"))
+    out = new_output(options.pop("out"))
     done: dict[str, int] = {}
     # The delay keeps an empty bar from standing before the sentence about a wrong input.
     with tqdm(unit="row", desc="cache", file=sys.stderr, delay=1e-3) as bar:
@@ -340,7 +342,7 @@ def calibrate(options: Options) -> Any:
     """`uncurl calibrate`."""
     calibrate_with = _calibration(options)
     initialize_distributed(options)
-    out = _new_output(options.pop("out"))
+    out = new_output(options.pop("out"))
     if "inputs_out" in options:
         _check_writable(options["inputs_out"])
     with _open_task(options, "train") as task_cache:
@@ -386,7 +388,7 @@ def merge_statistics(options: Options) -> Any:
     """`uncurl merge-statistics`."""
     from uncurl_jax.pruning import statistics
 
-    out = _new_output(options["out"])
+    out = new_output(options["out"])
     merged = statistics.merge_statistics(options["statistics"])
     merged.save(out)
     return _statistics_line(out, merged)
@@ -398,7 +400,7 @@ def plan(options: Options) -> Any:
     from uncurl_jax.pruning.router_inputs import RouterInputs
     from uncurl_jax.pruning.statistics import RouterStatistics
 
-    out = _new_output(options.pop("out"))
+    out = new_output(options.pop("out"))
     statistics = RouterStatistics.load(options.pop("statistics"))
     is_diagnosed, workers = options.pop("diagnose", False), options.pop("workers", 0)
     weights = _plan_weights(options, is_needed=is_diagnosed)
@@ -413,7 +415,7 @@ def plan(options: Options) -> Any:
         options["eval_capacity_factor"] = factor
     result = configured(plan_lib.make_plan)(statistics, **options)
     if is_diagnosed and weights is not None:
-        with _progress("diagnose", "layer") as show:
+        with show_progress("diagnose", "layer") as show:
             result = weights.measure(
                 result, options.get("router_inputs"), workers=workers, progress=show
             )
@@ -452,7 +454,7 @@ def inspect_plan(options: Options) -> Any:
     from uncurl_jax.experiments.reporting import plan_view
     from uncurl_jax.pruning.plan import PruningPlan
 
-    picture = _new_output(options["picture"]) if "picture" in options else None
+    picture = new_output(options["picture"]) if "picture" in options else None
     loaded = PruningPlan.load(options["plan"])
     print(plan_view.format_plan(loaded), file=sys.stderr)
     if picture is not None:
@@ -464,7 +466,7 @@ def verify(options: Options) -> Any:
     """`uncurl verify`."""
     from uncurl_jax.checkpoints.verify import verify_checkpoint
 
-    with _progress("verify", "piece") as show:
+    with show_progress("verify", "piece") as show:
         return verify_checkpoint(
             options["checkpoint"],
             options.get("source"),
@@ -480,10 +482,12 @@ def prune(options: Options) -> Any:
 
     # Absolute, because Orbax refuses to write below a relative directory.
     out = options.pop("out")
-    out = out if "://" in out else os.path.abspath(_new_output(out))
+    out = out if "://" in out else os.path.abspath(new_output(out))
     pruning_plan = PruningPlan.load(options.pop("plan"))
     source = options.pop("checkpoint")
-    with _progress("prune", "piece") as show:
+    if "format" in options:
+        options["file_format"] = options.pop("format")
+    with show_progress("prune", "piece") as show:
         run = configured(transform.prune_checkpoint)
         return run(
             source,
@@ -499,7 +503,7 @@ def evaluate(options: Options) -> Any:
     initialize_distributed(options)
     from uncurl_jax.evaluation import evaluator
 
-    out = _new_output(options.pop("out"))
+    out = new_output(options.pop("out"))
     with _open_task(options, "validation", is_evaluation=True) as task_cache:
         run = configured(evaluator.evaluate_checkpoint)
         summary = run(cache=task_cache, out=out, **options)
@@ -511,7 +515,7 @@ def compare(options: Options) -> Any:
     from uncurl_jax.artifacts import write_json
     from uncurl_jax.experiments import compare as compare_lib
 
-    out = _new_output(options.pop("out"))
+    out = new_output(options.pop("out"))
     paths = [Path(options.pop(name)) for name in ("a", "b")]
     if len({path.is_file() for path in paths}) > 1:
         raise InputError(
@@ -630,7 +634,7 @@ def gate(options: Options) -> Any:
     from uncurl_jax.artifacts import write_json
     from uncurl_jax.experiments import gate as gate_lib
 
-    out = _new_output(options.pop("out"))
+    out = new_output(options.pop("out"))
     rules, report_file = _own_or_given(options.pop("gate")), options.pop("report")
     result = gate_lib.judge(report_file, rules, **options)
     print(gate_lib.format_verdicts(result), file=sys.stderr)
@@ -687,8 +691,8 @@ def placement(options: Options) -> Any:
     from uncurl_jax.deployment import placement_view, planner
     from uncurl_jax.deployment.slices import load_slice
 
-    out = _new_output(options.pop("out")) if "out" in options else None
-    picture = _new_output(options.pop("picture")) if "picture" in options else None
+    out = new_output(options.pop("out")) if "out" in options else None
+    picture = new_output(options.pop("picture")) if "picture" in options else None
     if picture is not None:
         placement_view.check_picture(picture)
     on_slice = load_slice(options.pop("slice"), files_root() / "configs" / "slices")
@@ -767,7 +771,7 @@ def bench(options: Options) -> Any:
     from uncurl_jax.deployment import bench as bench_lib
     from uncurl_jax.deployment.bench_summary import summarize
 
-    options["out"] = _new_output(options["out"])
+    options["out"] = new_output(options["out"])
     if bound(ModelConfig):
         options["model"] = configured(ModelConfig)()
     for name in ("num_experts", "devices", "decode_batches"):
@@ -789,7 +793,7 @@ def aot(options: Options) -> Any:
     from uncurl_jax.deployment.slices import load_slice
     from uncurl_jax.training import trainer
 
-    out = _new_output(options.pop("out"))
+    out = new_output(options.pop("out"))
     config = bound_value(trainer.train, "config")
     if config is None:
         raise InputError(
@@ -833,6 +837,8 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "inspect-plan": inspect_plan,
     "verify": verify,
     "prune": prune,
+    "import": convert_commands.import_hf,
+    "export": convert_commands.export,
     "evaluate": evaluate,
     "compare": compare,
     "inspect": inspect,

@@ -30,7 +30,7 @@ from uncurl_jax.artifacts import (
     read_json_lines,
     write_json,
 )
-from uncurl_jax.checkpoints import layout, store
+from uncurl_jax.checkpoints import companions, layout, store
 from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.config import ModelConfig, TrainConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
@@ -168,6 +168,7 @@ def train(
     )
     with preemption.Watch() as watch, checkpoints:
         if is_first_process:
+            _carry(run, run.out)
             write_json(run.out / _RUN_FILE, run.record)
         state = _first_state(run, checkpoints.latest_step())
         with _early_stopping(run, int(state.step)) as stopping:
@@ -209,8 +210,16 @@ def _early_stopping(run: _Run, begin: int) -> Iterator[early_stopping.EarlyStopp
         vocabulary=run.record["vocabulary"],
         max_to_keep=2,
     ) as checkpoints:
+        if jax.process_index() == 0:
+            _carry(run, run.out / _BEST)
         lines = _lines_until(run.out / _METRICS_FILE, begin)
         yield early_stopping.EarlyStopping(config, run.validation, checkpoints, lines)
+
+
+def _carry(run: _Run, directory: Path) -> None:
+    """Lets what an imported checkpoint came with follow it."""
+    if run.initial is not None:
+        companions.carry(run.initial, directory)
 
 
 def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
