@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,12 @@ class StateWriter:
         Returns:
           A future that is done when the values are on disk; `result()` raises what went wrong.
         """
+        return self.write_pieces((key, index, array) for key, array in arrays.items())
+
+    def write_pieces(self, pieces: Iterable[tuple[str, int | None, np.ndarray]]) -> Any:
+        """The same for pieces (key, index, array) of any arrays."""
         transaction = ts.Transaction()
-        for key, array in arrays.items():
+        for key, index, array in pieces:
             target = self._open(key).with_transaction(transaction)
             target = target if index is None else target[index]
             target.write(array, can_reference_source_data_indefinitely=True).copy.result()

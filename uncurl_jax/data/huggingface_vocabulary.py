@@ -18,6 +18,8 @@ from uncurl_jax.errors import InputError
 TOKENIZER_FILE = "tokenizer.json"
 _SETTINGS_FILE = "tokenizer_config.json"
 _MODEL_FILES = ("generation_config.json", "config.json")
+# What is read beside tokenizer.json, where it is there.
+SETTINGS_FILES = (_SETTINGS_FILE, *_MODEL_FILES)
 
 
 class HuggingFaceVocabulary(Vocabulary):

@@ -14,12 +14,15 @@ import numpy as np
 from uncurl_jax import __version__
 from uncurl_jax.artifacts import sha256_of_file
 from uncurl_jax.checkpoints import layout
+from uncurl_jax.data.huggingface_vocabulary import SETTINGS_FILES, TOKENIZER_FILE
 from uncurl_jax.data.vocabulary import Vocabulary, load_vocabulary
 from uncurl_jax.errors import InputError
 from uncurl_jax.export import runner, scores
 from uncurl_jax.export.quantization import INT8
 from uncurl_jax.export.reference import TOLERANCES
 from uncurl_jax.export.sources import SharedWeights, Source, checkpoint_bytes
+
+_VOCABULARY = "vocabulary"
 
 
 def check_quantization(quantization: str | None) -> None:
@@ -51,16 +54,31 @@ def artifact_vocabulary(source: Source, spec: str | None) -> Vocabulary:
 
 
 def write_vocabulary(vocabulary: Vocabulary, directory: Path) -> dict[str, Any]:
-    """Copies a vocabulary's files into an artifact; returns its record, `spec` relative to it."""
-    record = {**vocabulary.describe(), "eos_id": vocabulary.eos_id, "pad_id": vocabulary.pad_id}
+    """Copies a vocabulary's files into an artifact.
+
+    Returns:
+      Its record: `spec` relative to the artifact, and the ids that pad, begin (None if nothing
+      does) and end a text.
+    """
+    record = {
+        **vocabulary.describe(),
+        "pad_id": vocabulary.pad_id,
+        "bos_id": vocabulary.bos_id,
+        "eos_id": vocabulary.eos_id,
+    }
     if vocabulary.spec == "bytes":
         return record
-    folder = directory / "vocabulary"
+    folder = directory / _VOCABULARY
     folder.mkdir()
+    if Path(vocabulary.spec).is_dir():
+        for name in (TOKENIZER_FILE, *SETTINGS_FILES):
+            if (Path(vocabulary.spec) / name).is_file():
+                shutil.copyfile(Path(vocabulary.spec) / name, folder / name)
+        return {**record, "spec": _VOCABULARY}
     names = []
     for path in map(Path, vocabulary.spec.split(",")):
         shutil.copyfile(path, folder / path.name)
-        names.append(f"vocabulary/{path.name}")
+        names.append(f"{_VOCABULARY}/{path.name}")
     return {**record, "spec": ",".join(names)}
 
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uncurl_jax.checkpoints.model import load_model
+from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints.state_writer import nested
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.export.sources import Source
+from uncurl_jax.export.sources import POSITIONS, Source
 from uncurl_jax.models.decoder import Decoder, Params, token_log_probabilities
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, place_batch
 
@@ -54,11 +55,14 @@ def reference_inputs(config: ModelConfig, vocabulary_size: int) -> dict[str, np.
 
 def checkpoint_params(source: Source) -> Params:
     """Returns a checkpoint's parameters, float32, the position table as long as it is served."""
-    params = load_model(source.checkpoint).params
-    if "position_embedder" in params:
-        table = params["position_embedder"]["embedding"][: source.config.max_length]
-        params = {**params, "position_embedder": {"embedding": table}}
-    return params
+    names = list(source.reader.parameters())
+    arrays = source.reader.stream((f"{layout.TARGET}/{name}", None) for name in names)
+    params: dict[str, jax.Array] = {}
+    for name, array in zip(names, arrays, strict=True):
+        if name == POSITIONS:
+            array = array[: source.config.max_length]
+        params[name] = jnp.asarray(array, jnp.float32)
+    return nested(params)
 
 
 def checkpoint_outputs(

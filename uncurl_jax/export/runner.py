@@ -9,7 +9,7 @@ In a program of your own:
 
     from run import Artifact
     model = Artifact("DIR").load("rte")
-    read = model.prefill(inputs, lengths)       # inputs [b, l]: 0, then the prompt's ids
+    read = model.prefill(inputs, lengths)       # inputs [b, l]: bos_id, the prompt's ids
     token = read["logits"].argmax(-1)
     step = model.decode(read["cache"], token, lengths)   # positions: the tokens read so far
 """
@@ -145,7 +145,8 @@ class Artifact:
         entry = self.manifest["models"][name]
         weights = {path: self._array(tensor) for path, tensor in entry["weights"].items()}
         programs = {kind: self._program(kind, file) for kind, file in entry["programs"].items()}
-        return Model(name, entry, self.manifest["max_length"], weights, programs)
+        bos_id = self.manifest["vocabulary"]["bos_id"]
+        return Model(name, entry, self.manifest["max_length"], weights, programs, bos_id)
 
     def _array(self, name):
         if name not in self._arrays:
@@ -188,12 +189,14 @@ class Model:
       name: in the artifact.
       entry: what the manifest says of it.
       max_length: of a prompt and its continuation.
+      bos_id: what inputs begin with, None if with the prompt itself.
       weights: {parameter path: array on the device}.
     """
 
-    def __init__(self, name, entry, max_length, weights, programs):
+    def __init__(self, name, entry, max_length, weights, programs, bos_id=0):
         """Use `Artifact.load`."""
         self.name, self.entry, self.max_length = name, entry, max_length
+        self.bos_id = bos_id
         self.weights = weights
         self.programs = programs
 
@@ -201,8 +204,8 @@ class Model:
         """Reads prompts into a new cache.
 
         Args:
-          inputs: [b, l] int32: id 0, then the prompt's ids, then anything.
-          lengths: [b] int32, how many of them count, 0 included.
+          inputs: [b, l] int32: bos_id, then the prompt's ids, then anything.
+          lengths: [b] int32, how many of them count, bos_id included.
 
         Returns:
           {"logits": [b, vocab] float32 of each row's next token, "cache", "routing"}.
@@ -241,7 +244,7 @@ class Model:
         """Returns how likely targets are: with the options of a question, rank classification.
 
         Args:
-          inputs: [b, l] int32: id 0, then prompt and option without its last id.
+          inputs: [b, l] int32: bos_id, then prompt and option without its last id.
           lengths: [b] int32, as in `prefill`.
           targets: [b, t] int32, the ids to score.
           target_positions: [b, t] int32, the place in `inputs` that predicts each: one before it.
@@ -262,16 +265,17 @@ class Model:
 
     def generate(self, prompts, max_new_tokens):
         """Continues prompts (lists of ids) greedily; returns lists of max_new_tokens ids."""
-        longest = max(len(prompt) for prompt in prompts) + 1
-        if longest + max_new_tokens > self.max_length + 1:
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + max_new_tokens > self.max_length:
             raise ArtifactError(
                 f"A prompt and max_new_tokens must fit max_length={self.max_length}, got "
-                f"{longest - 1} + {max_new_tokens}: shorten one of them."
+                f"{longest} + {max_new_tokens}: shorten one of them."
             )
-        inputs = np.zeros((len(prompts), longest), np.int32)
-        for row, prompt in enumerate(prompts):
-            inputs[row, 1 : len(prompt) + 1] = prompt
-        positions = np.asarray([len(prompt) + 1 for prompt in prompts], np.int32)
+        rows = [prompt if self.bos_id is None else [self.bos_id, *prompt] for prompt in prompts]
+        positions = np.asarray([len(row) for row in rows], np.int32)
+        inputs = np.zeros((len(rows), max(positions)), np.int32)
+        for row, ids in enumerate(rows):
+            inputs[row, : len(ids)] = ids
         result = self.prefill(inputs, positions)
         tokens = [np.asarray(result["logits"]).argmax(-1)]
         while len(tokens) < max_new_tokens:
@@ -387,7 +391,7 @@ def main():
     parser = argparse.ArgumentParser(description="Check an artifact, or continue a prompt.")
     parser.add_argument("--dir", default=Path(__file__).parent, help="default: where this file is")
     parser.add_argument("--model", help="name of the model that continues --ids")
-    parser.add_argument("--ids", type=int, nargs="+", help="ids of the prompt, without the first 0")
+    parser.add_argument("--ids", type=int, nargs="+", help="ids of the prompt, without bos_id")
     parser.add_argument("--steps", type=int, default=16)
     options = parser.parse_args()
     try:

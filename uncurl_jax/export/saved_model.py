@@ -135,7 +135,7 @@ def export_saved_model(
                 model = runner.Model(source.name, entry, config.max_length, own, run)
                 cache = caches[source.name]
                 measure = functools.partial(scores.rank_score, model, cache)
-                entry |= scores.described(source.checkpoint, cache, measure, evaluate)
+                entry |= scores.described(source, cache, measure, evaluate)
         _save(directory / SAVED_MODEL, writer.arrays, entries, programs)
         progress("SavedModel")
         from uncurl_jax.export import saved_model_runner

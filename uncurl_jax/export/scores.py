@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from uncurl_jax.checkpoints import layout
-from uncurl_jax.checkpoints.model import LoadedModel, load_model
+from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.checkpoints.provenance import provenance_chain
 from uncurl_jax.data import metrics
 from uncurl_jax.data.cache_writer import RANK_CLASSIFICATION
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
 from uncurl_jax.errors import InputError
+from uncurl_jax.export.reference import checkpoint_params
 from uncurl_jax.export.runner import Model
+from uncurl_jax.export.sources import Source
+from uncurl_jax.models.decoder import Params
 
 _EXAMPLES_PER_BATCH = 16
 
@@ -84,8 +87,14 @@ def _row_scores(model: Model, batch: Batch, target_length: int) -> np.ndarray:
 Evaluate = Callable[[LoadedModel, TokenCache], Mapping[str, Any]]
 
 
+def in_memory(source: Source, params: Params) -> LoadedModel:
+    """Returns a checkpoint's model, as it is served, with these parameters."""
+    checkpoint = source.checkpoint
+    return LoadedModel(source.config, params, checkpoint.vocabulary(), checkpoint, None)
+
+
 def described(
-    checkpoint: layout.CheckpointPath,
+    source: Source,
     cache: TokenCache,
     measure: Callable[[], Mapping[str, Any]],
     evaluate: Evaluate | None,
@@ -93,7 +102,7 @@ def described(
     """Returns a model's "task", "prompt" and "scores" for the manifest.
 
     Args:
-      checkpoint: that is exported.
+      source: what is exported.
       cache: what both are scored on.
       measure: scores what is exported.
       evaluate: scores the checkpoint, in its own dtype; None leaves that out.
@@ -102,8 +111,9 @@ def described(
     options = {example.options for example in cache.examples()}
     found = {"artifact": measure()}
     if evaluate is not None:
-        model = load_model(checkpoint)
-        config = dataclasses.replace(model.config, eval_capacity_factor=None)
+        own = source.checkpoint.model_config()
+        config = dataclasses.replace(source.config, dtype=own.dtype)
+        model = in_memory(source, checkpoint_params(source))
         found["checkpoint"] = evaluate(model._replace(config=config), cache)
     names = ("score", "interval", "metrics", "num_examples")
     return {

@@ -19,11 +19,14 @@ from uncurl_jax.errors import InputError
 from uncurl_jax.export.programs import EXPERT_MAP, SCALE_SUFFIX
 from uncurl_jax.export.quantization import quantize
 from uncurl_jax.export.tensor_file import MemoryWriter, TensorWriter
+from uncurl_jax.models.expert_mlp import KERNELS
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # What the model computes with in float32, whatever its compute dtype.
 _FLOAT32 = re.compile(r"(^|/)\w*norm/(scale|bias)$|/(router|shared_gate)/kernel$")
-_QUANTIZED = ("wi", "wo", "wg")
+
+# As long as the longest sequence that is served.
+POSITIONS = "position_embedder/embedding"
 
 Progress = Callable[[str], None]
 
@@ -39,7 +42,7 @@ class Source:
     """
 
     name: str
-    reader: layout.StateReader
+    reader: layout.ArrayReader
     config: ModelConfig
 
     @property
@@ -72,7 +75,7 @@ def open_sources(
                 f"A model's name must be of letters, digits, _, . and -, got {name!r}: choose "
                 "another."
             )
-        reader = layout.StateReader(path)
+        reader = layout.open_reader(path)
         config = reader.checkpoint.model_config()
         layout.check_architecture(reader, config)
         sources.append(Source(name, reader, _served(config, dtype, max_length)))
@@ -164,7 +167,7 @@ def write_weights(
     total = 0
     for path in _dense_paths(sources[0]):
         for source in sources:
-            array = _read(source, path)
+            array = read_parameter(source, path)
             total += array.nbytes
             digest = sha256_of_bytes(f"{array.shape} {array.dtype} ".encode() + array.tobytes())
             if digest not in written:
@@ -205,12 +208,16 @@ def stored_dtype(path: str, config: ModelConfig) -> np.dtype:
     return np.dtype(np.float32) if is_wide else np.dtype(ml_dtypes.bfloat16)
 
 
-def _read(source: Source, path: str, expert: int | None = None) -> np.ndarray:
-    """Reads a parameter, or one expert of it, in the dtype and length that are served."""
+def read_parameter(source: Source, path: str, expert: int | None = None) -> np.ndarray:
+    """Reads a parameter, or one expert of it, in the dtype and length that are served.
+
+    Raises:
+      InputError: If a value is not finite.
+    """
     array = source.reader.read(f"{layout.TARGET}/{path}", expert)
     if not np.isfinite(array).all():
         layout.check_finite(source.reader)
-    if path == "position_embedder/embedding":
+    if path == POSITIONS:
         array = array[: source.config.max_length]
     return array.astype(stored_dtype(path, source.config))
 
@@ -236,7 +243,7 @@ def _pool(sources: Sequence[Source], layer: int) -> _Pool:
         paths = _expert_paths(source, layer)
         row = places[source.name] = []
         for expert in range(source.config.num_experts[layer]):
-            parts = [_read(source, path, expert).tobytes() for path in paths]
+            parts = [read_parameter(source, path, expert).tobytes() for path in paths]
             digest = sha256_of_bytes(b"".join(parts))
             if digest not in known:
                 known[digest] = len(members)
@@ -255,8 +262,8 @@ def _write_pool(
     """Writes a layer's experts; returns the names of their tensors and the bytes of all."""
     before, names = writer.num_bytes, []
     for path in _expert_paths(pool.members[0][0], layer):
-        arrays = [_read(source, path, expert) for source, expert in pool.members]
-        if quantization is not None and path.rsplit("/", 1)[1] in _QUANTIZED:
+        arrays = [read_parameter(source, path, expert) for source, expert in pool.members]
+        if quantization is not None and path.rsplit("/", 1)[1] in KERNELS:
             parts = [quantize(array) for array in arrays]
             writer.add(path, np.stack([part.values for part in parts]))
             writer.add(path + SCALE_SUFFIX, np.stack([part.scale for part in parts]))
@@ -271,6 +278,7 @@ def _write_pool(
 def checkpoint_bytes(source: Source) -> dict[str, int]:
     """Returns {"parameters": bytes uncompressed, "on_disk": bytes of the step's files}."""
     step = Path(source.checkpoint.step_directory)
+    step = step if step.is_dir() else Path(source.checkpoint.directory)
     parameters = source.reader.parameters().values()
     stored = sum(math.prod(shape) * dtype.itemsize for shape, dtype in parameters)
     on_disk = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())

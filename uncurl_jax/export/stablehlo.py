@@ -117,7 +117,7 @@ def export_stablehlo(
             if source.name in caches:
                 cache = caches[source.name]
                 measure = functools.partial(scores.rank_score, model, cache)
-                entry |= scores.described(source.checkpoint, cache, measure, evaluate)
+                entry |= scores.described(source, cache, measure, evaluate)
                 progress(f"score of {source.name}")
         manifest["files"] = files_of(directory)
         write_json(directory / runner.MANIFEST, manifest)

@@ -35,6 +35,29 @@ def verify_artifact(directory: str | os.PathLike[str]) -> dict[str, Any]:
         runner.check_files(directory, manifest)
     except runner.ArtifactError as error:
         raise InputError(str(error)) from None
+    try:
+        models = run_check(directory, manifest)
+    except MismatchError as error:
+        raise InputError(str(error)) from None
+    return {
+        "artifact": os.fspath(directory),
+        "format": manifest["format"],
+        "models": models,
+        "verified": True,
+    }
+
+
+class MismatchError(RuntimeError):
+    """An artifact does not reproduce its reference outputs; the message is one sentence."""
+
+
+def run_check(directory: str | os.PathLike[str], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Runs an artifact in another process and returns what it says of each model.
+
+    Raises:
+      MismatchError: If an output differs from the reference.
+      RuntimeError: If the process fails in another way.
+    """
     script = Path(__file__).with_name(_RUNNERS[manifest["format"]])
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
     if manifest["format"] == "orbax":
@@ -54,12 +77,7 @@ def verify_artifact(directory: str | os.PathLike[str]) -> dict[str, Any]:
         check=False,
     )
     if process.returncode == 2:
-        raise InputError(process.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        raise MismatchError(process.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if process.returncode:
         raise RuntimeError(f"The artifact's process failed: {process.stderr.strip()[-2000:]}")
-    return {
-        "artifact": os.fspath(directory),
-        "format": manifest["format"],
-        "models": json.loads(process.stdout.splitlines()[-1]),
-        "verified": True,
-    }
+    return json.loads(process.stdout.splitlines()[-1])

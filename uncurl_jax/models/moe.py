@@ -57,7 +57,7 @@ class MoeLayer(nn.Module):
         config, num_experts = self.config, self.config.num_experts[self.layer]
         row = self._expert_row()
         choice = self._route(x, num_experts if row is None else len(row), is_training=is_training)
-        expert_index = choice.expert_index if row is None else row[choice.expert_index]
+        expert_index = choice.expert_index if row is None else _places(choice.expert_index, row)
         experts = ExpertParameters(config, name="experts")(num_experts)
 
         batch, length, dim = x.shape
@@ -159,7 +159,8 @@ class MoeLayer(nn.Module):
         """The expert of each of the router's columns; None if that is its own number.
 
         It is the variable `row` of the collection `expert_maps`, so that one program serves models
-        that choose from the same experts, or else the configuration's.
+        that choose from the same experts, or else the configuration's. A row of shape
+        [column, copy] is of experts that are there several times, which take tokens in turn.
         """
         if self.has_variable("expert_maps", "row"):
             return self.get_variable("expert_maps", "row")
@@ -224,6 +225,15 @@ class MoeLayer(nn.Module):
             "is_kept": out.is_kept,
         }
         self.sow("router_observations", "observation", observation)
+
+
+def _places(column: jax.Array, row: jax.Array) -> jax.Array:
+    """Maps the router's columns [b, l, k] to experts by a row [column] or [column, copy]."""
+    if row.ndim == 1:
+        return row[column]
+    batch, length, _ = column.shape
+    token = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length, 1)
+    return row[column, token % row.shape[1]]
 
 
 class ExpertParameters(nn.Module):
