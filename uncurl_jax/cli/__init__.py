@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from uncurl_jax import __version__
-from uncurl_jax.cli import convert_commands, recipe_commands, t5x_commands
+from uncurl_jax.cli import convert_commands, export_commands, recipe_commands, t5x_commands
 from uncurl_jax.errors import InputError
 
 _GIN_PREFIX = "--gin."
@@ -206,7 +206,7 @@ def _add_model_commands(command: Any) -> None:
     sub.add_argument("--out", required=True)
 
     convert_commands.add_import_parser(command)
-    convert_commands.add_export_parser(command)
+    export_commands.add_parser(command)
 
     sub = command("evaluate", "Score a checkpoint on a task.")
     sub.add_argument("--checkpoint", required=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import refuse_existing
-from uncurl_jax.cli import convert_commands, recipe_commands, t5x_commands
+from uncurl_jax.cli import convert_commands, export_commands, recipe_commands, t5x_commands
 from uncurl_jax.cli.gin_config import bound, bound_value, configured
 from uncurl_jax.errors import InputError
 
@@ -35,6 +35,7 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "prune": ("uncurl_jax.checkpoints.transform",),
     "import": (),
     "export": (),
+    "verify-artifact": (),
     "evaluate": ("uncurl_jax.evaluation.evaluator",),
     "compare": ("uncurl_jax.evaluation.evaluator",),
     "inspect": (),
@@ -838,7 +839,8 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "verify": verify,
     "prune": prune,
     "import": convert_commands.import_hf,
-    "export": convert_commands.export,
+    "export": export_commands.export,
+    "verify-artifact": export_commands.verify_artifact,
     "evaluate": evaluate,
     "compare": compare,
     "inspect": inspect,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from uncurl_jax.errors import InputError
-
 Options = dict[str, Any]
 
 
@@ -26,20 +24,8 @@ def add_import_parser(command: Any) -> None:
     sub.add_argument("--out", required=True, help="directory to write")
 
 
-def add_export_parser(command: Any) -> None:
-    """Adds `uncurl export`; `command(name, help)` makes a parser."""
-    sub = command("export", "Write a checkpoint as what others load.")
-    sub.add_argument("--checkpoint", required=True)
-    sub.add_argument("--format", required=True, help="hf: a directory of transformers")
-    add_hf_arguments(sub)
-    sub.add_argument("--out", required=True, help="directory to write")
-
-
 def add_hf_arguments(sub: Any) -> None:
-    """Adds what `--format hf` alone takes."""
-    sub.add_argument(
-        "--dtype", help="bfloat16, float16 or float32 to store (default as in the checkpoint)"
-    )
+    """Adds what `uncurl export --format hf` alone takes."""
     sub.add_argument("--max_shard_bytes", type=int, help="largest file of --format hf (5 GB)")
 
 
@@ -54,14 +40,6 @@ def import_hf(options: Options) -> Any:
         return import_checkpoint(
             directory, out, progress=lambda _, done, total: show(done, total), **options
         )
-
-
-def export(options: Options) -> Any:
-    """`uncurl export`."""
-    name = options.pop("format")
-    if name != "hf":
-        raise InputError(f"--format must be hf, got {name!r}: choose it.")
-    return export_hf(options)
 
 
 def export_hf(options: Options) -> Any:
