@@ -253,3 +253,8 @@ def test_packed_rows_and_small_vocabularies_are_refused(
         make_model().loss_fn(make_params(config), packed, None)
     with pytest.raises(InputError, match="at least the vocabulary's size, got 200 for 259"):
         make_model(vocab_size=200)
+
+
+def test_a_model_with_an_encoder_is_refused(make_model):
+    with pytest.raises(InputError, match="T5X runs this package's decoders, got a model with an"):
+        make_model(num_experts=(5, 0), num_encoder_layers=1, position_embedding="relative")

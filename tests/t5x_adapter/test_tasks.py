@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -143,3 +145,13 @@ def test_rows_that_a_model_cannot_read_are_refused(topic_cache):
     with pytest.raises(InputError, match=rf"max_length=40, got up to {longest} tokens"):
         tasks.check_fits(name, 40)
     tasks.check_fits("a task of another origin", 1)
+
+
+def test_rows_that_begin_otherwise_than_those_of_t5x_are_refused(topic_cache, tmp_path):
+    """As token caches of Hugging Face's vocabularies do; here the manifest alone says so."""
+    copy = shutil.copytree(topic_cache / "train", tmp_path / "train")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for bos_id, words in ((None, "their first token"), (5, "id 5")):
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "bos_id": bos_id, "hash": "0"}))
+        with pytest.raises(InputError, match=f"that begin with {words}, as their vocabulary"):
+            tasks.token_cache_task(str(copy))

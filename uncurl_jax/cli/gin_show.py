@@ -56,7 +56,7 @@ def resolved() -> dict[str, Any]:
 
 def _functions() -> dict[str, Callable[..., Any]]:
     found = {}
-    for name in (*_ROOTS, *_T5X_ROOTS):
+    for name in (*_T5X_ROOTS, *_ROOTS):
         module, _, attribute = name.rpartition(".")
         if name in _T5X_ROOTS:
             if module not in sys.modules:

@@ -11,7 +11,7 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ def _read_source(module: str) -> _Source | None:
         return None
     names: dict[str, list[str] | None] = {}
     is_complete = True
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for node in _statements(ast.parse(file.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.FunctionDef):
             names[node.name] = None if node.decorator_list else _parameters(node)
         elif isinstance(node, ast.ClassDef):
@@ -110,14 +110,18 @@ def _read_source(module: str) -> _Source | None:
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {target.id: None for target in targets if isinstance(target, ast.Name)}
-        elif not isinstance(node, ast.Expr) and not _is_script(node):
-            is_complete = False  # Definitions under an if, a try or a with.
     return _Source(names, is_complete)
 
 
-def _is_script(node: ast.stmt) -> bool:
-    """Whether it is what a module does when it is run: if __name__ == "__main__"."""
-    return isinstance(node, ast.If) and ast.unparse(node.test).startswith("__name__ ==")
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yields the statements of a module, those under an if, a try or a with among them."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            for name in ("body", "orelse", "finalbody"):
+                yield from _statements(getattr(node, name, []))
+            for handler in getattr(node, "handlers", []):
+                yield from _statements(handler.body)
 
 
 def _source_file(module: str) -> Path | None:

@@ -11,6 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import gin
+
 from uncurl_jax.errors import InputError
 from uncurl_jax.t5x_adapter import standins
 
@@ -47,7 +49,8 @@ def make_importable(t5x_src: str | None = None) -> None:
     find(t5x_src)
     standins.install()
     try:
-        with warnings.catch_warnings():
+        # T5X adds functions of its own to gin as it is imported.
+        with warnings.catch_warnings(), gin.unlock_config():
             # T5X imports names that jax and TensorFlow are about to take away.
             warnings.simplefilter("ignore")
             for module in ("t5x.models", "t5x.train", "t5x.eval", "t5x.infer"):

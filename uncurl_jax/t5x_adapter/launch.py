@@ -54,15 +54,12 @@ def run(mode: str) -> dict[str, Any]:
       InputError: If the configuration does not fit the checkpoint, the task or the devices.
     """
     function = FUNCTIONS[mode]
-    try:
-        values = gin.get_bindings(function)
-    except ValueError:
-        values = {}
-    if "model" not in values:
+    if "model" not in _bound(function):
         raise InputError(
             f"uncurl t5x {mode} needs a gin file that binds {mode}.{function.__name__}, got none: "
             "give --gin_file gin/t5x/pretrain.gin, finetune.gin, eval.gin or infer.gin."
         )
+    values = gin.get_bindings(function)
     _check_datasets(values)
     # Host memory is JAX's business, accelerators are none of TensorFlow's.
     tf.config.experimental.set_visible_devices([], "GPU")
@@ -70,6 +67,13 @@ def run(mode: str) -> dict[str, Any]:
     logging.get_absl_handler().addFilter(_is_not_orbax)
     runner = {"train": _train, "eval": _evaluate, "infer": _infer}[mode]
     return runner(gin.get_configurable(function), values)
+
+
+def _bound(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return gin.get_bindings(function, resolve_references=False)
+    except ValueError:  # No gin file names the function.
+        return {}
 
 
 def _is_not_orbax(record: Any) -> bool:

@@ -94,8 +94,14 @@ class SmoeDecoderModel(models.DecoderOnlyModel):
           loss_normalizing_factor: T5X's; by default the number of target tokens.
 
         Raises:
-          InputError: If the vocabulary is larger than the model's.
+          InputError: If the model has an encoder, or the vocabulary is larger than the model's.
         """
+        if config.has_encoder:
+            raise InputError(
+                "T5X runs this package's decoders, got a model with an encoder "
+                f"(num_encoder_layers={config.num_encoder_layers}): use uncurl train and uncurl "
+                "evaluate."
+            )
         self.config = config
         self.row_length = min(row_length or config.max_length, config.max_length)
         if vocabulary.vocab_size > config.vocab_size:

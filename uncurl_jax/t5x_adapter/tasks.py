@@ -20,7 +20,7 @@ from uncurl_jax.data.cache_writer import LANGUAGE_MODELING, RANK_CLASSIFICATION
 from uncurl_jax.data.seqio_vocabulary import seqio_vocabulary
 from uncurl_jax.data.tasks import TRAIN
 from uncurl_jax.data.token_cache import TokenCache, bucket_length
-from uncurl_jax.data.vocabulary import Vocabulary, load_vocabulary
+from uncurl_jax.data.vocabulary import PAD_ID, Vocabulary, load_vocabulary
 from uncurl_jax.errors import InputError
 
 _HASH_LETTERS = 8
@@ -145,6 +145,13 @@ def _register(caches: Caches) -> str:
     name = f"{task}_{digest}"
     if name in _REGISTERED:
         return name
+    if first.bos_id != PAD_ID:
+        begins = "their first token" if first.bos_id is None else f"id {first.bos_id}"
+        raise InputError(
+            f"Rows begin with padding (id {PAD_ID}) in T5X, got rows of {first.directory} that "
+            f"begin with {begins}, as their vocabulary has it: train and score this model with "
+            "uncurl train and uncurl evaluate."
+        )
     own = _load_vocabulary(first)
     feature = seqio.Feature(seqio_vocabulary(own), add_eos=False)
     is_text = _is_text(caches)
