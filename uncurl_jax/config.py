@@ -161,6 +161,22 @@ class ModelConfig:
         """Whether a layer is one of the encoder's."""
         return layer < self.num_encoder_layers
 
+    def check_decoder(self, what: str) -> None:
+        """Refuses a model with an encoder for something that takes decoders alone.
+
+        Args:
+          what: takes them, for the message.
+
+        Raises:
+          InputError: If there is an encoder.
+        """
+        if self.has_encoder:
+            raise InputError(
+                f"{what} takes decoders alone, got an encoder-decoder, whose first "
+                f"{self.num_encoder_layers} of {self.num_layers} layers are an encoder's: use "
+                "uncurl calibrate, plan, prune, train and evaluate, which take both."
+            )
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from uncurl_jax.cli import commands, main
-from uncurl_jax.config import DistillationConfig
+from uncurl_jax.config import DistillationConfig, ModelConfig
 from uncurl_jax.deployment import aot
 from uncurl_jax.deployment.aot_request import Request, make_request
 from uncurl_jax.deployment.placement import Placement
@@ -28,6 +28,9 @@ from uncurl_jax.partitioning import make_mesh
 
 ROOT = Path(__file__).parents[2]
 KIB, GIB = 2**10, 2**30
+ENCODER_DECODER = ModelConfig(
+    (4, 4), 32, 16, 2, 24, 16, num_encoder_layers=1, position_embedding="relative"
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,11 @@ def test_a_placement_sets_mesh_and_axes(ask):
         ({}, {"length": 9}, r"from 1 to the model's max_length=8, got 9\."),
         ({}, {"length": 0}, r"got 0\."),
         ({}, {"num_experts": (2, 2, 2)}, r"one per MoE layer, got 3 for 2 MoE layers\."),
+        (
+            {},
+            {"model": ENCODER_DECODER},
+            r"uncurl aot takes decoders alone, got an enc",
+        ),
         ({"expert_axes": ((), ())}, {}, r"one entry per layer, got 2 for 3 layers"),
         (
             {},

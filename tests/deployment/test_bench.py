@@ -464,6 +464,12 @@ def test_a_benchmark_needs_no_package_but_jax_and_its_kin(tmp_path):
         ),
         ("MODEL --length 17", "max_length of each model, got 17 for ...with 16: choose"),
         ("MODEL --length 16", "together must be at most ...got 16 + 2 for ...: choose --length 14"),
+        (
+            "MODEL --gin.config.ModelConfig.num_experts=(8,8) "
+            "--gin.config.ModelConfig.num_encoder_layers=1 "
+            "--gin.config.ModelConfig.position_embedding='relative'",
+            "uncurl bench takes decoders alone, got an encoder-decoder, whose first 1 of 2 layers",
+        ),
         ("MODEL --repeats 0", "repeats must be at least 1, got 0"),
         ("MODEL --warmup 0", "warmup must be at least 1, got 0: the first round compiles"),
         ("MODEL --measure forwrad", "got 'forwrad': nearest forward"),

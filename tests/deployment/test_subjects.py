@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from uncurl_jax.config import ModelConfig
@@ -37,3 +40,10 @@ def test_counts_are_a_question_about_a_prune(given, after):
 def test_what_contradicts_itself_is_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         find_subject(MODEL, **options)
+
+
+def test_a_model_with_an_encoder_is_refused():
+    fields: dict[str, Any] = {"num_encoder_layers": 1, "position_embedding": "relative"}
+    model = dataclasses.replace(MODEL, num_experts=(4, 4), **fields)
+    with pytest.raises(InputError, match="uncurl placement takes decoders alone"):
+        find_subject(model)

@@ -78,6 +78,10 @@ def shorten_array(header, arrays):
     arrays["layers_2"] = arrays["layers_2"][:-1]
 
 
+def narrow_array(header, arrays):
+    arrays["layers_2"] = arrays["layers_2"][:, :-1]
+
+
 def drop_arrays(header, arrays):
     arrays.clear()
 
@@ -99,8 +103,9 @@ def change_manifest(header, arrays):
         (change_manifest, "must match the hash stored in it"),
         (drop_layer, "must match the hash stored in it"),
         (spoil_array, "got NaN or infinity in layer 2"),
-        (shorten_array, r"the same tokens in every layer, got shapes \[\(4, 3\), \(5, 3\)\]"),
-        (drop_arrays, r"the same tokens in every layer, got shapes \[\]"),
+        (shorten_array, "must match the hash stored in it"),
+        (narrow_array, r"with one embed for all layers, got shapes \[\(5, 2\), \(5, 3\)\]"),
+        (drop_arrays, r"with one embed for all layers, got shapes \[\]"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, change, message):
@@ -138,7 +143,7 @@ def test_a_missing_file_is_refused(tmp_path):
         ({}, r"got shapes \[\]"),
         ({0: np.zeros((2, 3, 4))}, r"got shapes \[\(2, 3, 4\)\]"),
         ({0: np.zeros((0, 3))}, r"got shapes \[\(0, 3\)\]"),
-        ({0: np.zeros((2, 3)), 1: np.zeros((3, 3))}, r"got shapes \[\(2, 3\), \(3, 3\)\]"),
+        ({0: np.zeros((2, 3)), 1: np.zeros((2, 4))}, r"got shapes \[\(2, 3\), \(2, 4\)\]"),
         ({0: np.full((2, 3), np.inf)}, "must be finite, got NaN or infinity in layer 0"),
     ],
 )
@@ -181,3 +186,12 @@ def test_with_few_tokens_all_are_taken(num_tokens):
     numbers = np.arange(12.0).reshape(3, 4)
     drawn = sample_tokens({0: numbers[..., None]}, numbers % 3 != 0, num_tokens, seed=0)
     np.testing.assert_array_equal(drawn[0][:, 0], numbers[numbers % 3 != 0])
+
+
+def test_layers_may_have_different_tokens(tmp_path):
+    inputs = build()
+    layers = {0: inputs.layers[0][:3], 2: inputs.layers[2]}
+    unequal = RouterInputs(layers, inputs.manifest)
+    unequal.save(tmp_path / "inputs.npz")
+    loaded = RouterInputs.load(tmp_path / "inputs.npz")
+    assert (loaded.tokens, len(loaded.layers[0])) == (5, 3)

@@ -81,6 +81,7 @@ def make_request(
             "aot needs a model, got a stage that goes on from a checkpoint: give --checkpoint, or "
             "bind config.TrainConfig.model to @config.ModelConfig() of a file of gin/models."
         )
+    found.check_decoder("uncurl aot")
     if config.distillation is not None:
         raise InputError(
             "aot compiles a stage without a teacher, got one with distillation: add "

@@ -315,6 +315,7 @@ def check_settings(
         )
     found: dict[tuple[str, int], list[Layout]] = {}
     for entry in models:
+        entry.config.check_decoder("uncurl bench")
         _check_lengths(settings, entry)
         for count in settings.devices:
             layouts = [

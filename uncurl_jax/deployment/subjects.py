@@ -53,8 +53,10 @@ def find_subject(
       statistics: how often each expert of `model` is selected.
 
     Raises:
-      InputError: If a file is of another model, or two of them say the same thing.
+      InputError: If a file is of another model, or two of them say the same thing, or the model has
+        an encoder.
     """
+    model.check_decoder("uncurl placement")
     if plan is not None and num_experts is not None:
         raise InputError(
             "A prune is given once, got --plan and --num_experts: leave out one of them."

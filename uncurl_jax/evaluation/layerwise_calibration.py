@@ -90,11 +90,7 @@ def calibrate_layer_by_layer(
         collect=collect,
         sample_tokens=sample_tokens,
     )
-    if config.has_encoder:
-        raise InputError(
-            "A calibration layer by layer is of a decoder alone, got an encoder-decoder in "
-            f"{reader.checkpoint}: leave out --layer_by_layer; more devices hold a larger model."
-        )
+    config.check_decoder("A calibration --layer_by_layer")
     length = row_length(config, cache)
     batches = cache.sequential_batches(batch_size, length=length)
     layout.check_architecture(reader, config)

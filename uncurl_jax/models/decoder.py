@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.errors import InputError
 from uncurl_jax.models import layers
 from uncurl_jax.models.attention import SelfAttention
 from uncurl_jax.models.moe import MoeLayer
@@ -131,12 +130,7 @@ class Decoder(nn.Module):
           [b, l, vocab] float32 logits, or [b, n, vocab].
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        if config.has_encoder:
-            raise InputError(
-                f"A decoder alone has no encoder, got a model with {config.num_encoder_layers} "
-                "layers of one: encoder-decoders are calibrated whole, trained and evaluated with "
-                "the `uncurl` commands, but not run by T5X, placed or benchmarked."
-            )
+        config.check_decoder("models.decoder.Decoder")
         length = inputs.shape[1]
         check_length(config, length)
         if mask is None:

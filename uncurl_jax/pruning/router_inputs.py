@@ -27,7 +27,8 @@ class RouterInputs:
     """Inputs of every MoE layer for one sample of tokens.
 
     Attributes:
-      layers: layer index -> [token, embed] float32, the normalised input of the layer.
+      layers: layer index -> [token, embed] float32, the normalised input of the layer. Layers that
+        see the same tokens (all of a decoder, each stack of an encoder-decoder) have the same.
       manifest: where they come from, as `statistics.make_manifest` says.
     """
 
@@ -40,10 +41,11 @@ class RouterInputs:
             for layer, array in sorted(self.layers.items())
         }
         shapes = {array.shape for array in layers.values()}
-        if len(shapes) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
+        widths = {shape[-1] for shape in shapes if len(shape) == 2 and 0 not in shape}
+        if len(widths) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
             raise InputError(
-                f"Router inputs must be [token, embed] with the same tokens in every layer, got "
-                f"shapes {sorted(shapes)}: calibrate again."
+                f"Router inputs must be [token, embed] with one embed for all layers, got shapes "
+                f"{sorted(shapes)}: calibrate again."
             )
         for layer, array in layers.items():
             if not np.isfinite(array).all():
@@ -56,8 +58,8 @@ class RouterInputs:
 
     @property
     def tokens(self) -> int:
-        """Tokens in the sample."""
-        return len(next(iter(self.layers.values())))
+        """Tokens in the sample, of the layer that has most."""
+        return max(map(len, self.layers.values()))
 
     @property
     def hash(self) -> str:

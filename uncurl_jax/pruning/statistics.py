@@ -267,7 +267,7 @@ class RouterStatistics:
                 f"Statistics must hold at least one token, got 0 on task {manifest['task']!r}: "
                 "give calibration batches with real tokens."
             )
-        manifest["tokens"] = int(next(iter(layers.values())).tokens) if layers else 0
+        manifest["tokens"] = max((int(fields.tokens) for fields in layers.values()), default=0)
         manifest.setdefault("batches", 0)
         manifest.setdefault("is_complete", True)
         manifest["collected"] = list(collected(next(iter(layers.values())))) if layers else []
@@ -276,7 +276,7 @@ class RouterStatistics:
 
     @property
     def tokens(self) -> int:
-        """Tokens seen, padding excluded."""
+        """Tokens seen, padding excluded, by the layer that saw most."""
         return self.manifest["tokens"]
 
     @property

@@ -504,7 +504,10 @@ class _MetricsLog:
         self._is_writer = jax.process_index() == 0
         active = count_parameters(run.model).active
         self._flops = throughput.training_flops_per_token(run.model, active, run.length)
-        self._peak = throughput.peak_flops_per_second(jax.devices()[0].device_kind)
+        # Tokens of an encoder-decoder go through one of the stacks, which the estimate does not know.
+        is_known = not run.model.has_encoder
+        device = jax.devices()[0].device_kind
+        self._peak = throughput.peak_flops_per_second(device) if is_known else None
         self._started = self._mark = time.perf_counter()
         self._path = run.out / _METRICS_FILE
         lines = _lines_until(self._path, begin)
