@@ -15,12 +15,13 @@ VERSION = $(eval VERSION := $$(shell $(EXE) -c 'import sys; print("%d%d" % sys.v
 RUN_STAMP = .venv-run/uncurl_jax-py$(VERSION).stamp
 TEST_STAMP = .venv-test/uncurl_jax-py$(VERSION).stamp
 HF_STAMP = .venv-hf/uncurl_jax-py$(VERSION).stamp
+T5X_STAMP = .venv-t5x/uncurl_jax-py$(VERSION).stamp
 AOT_STAMP = .venv-aot/uncurl_jax-py$(VERSION).stamp
 
 .DELETE_ON_ERROR:
 .SECONDARY:
 .SECONDEXPANSION:
-.PHONY: help install quickstart test test-slow test-hf test-aot browser lint lock clean
+.PHONY: help install quickstart test test-slow test-hf test-t5x test-aot browser lint lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make test         the tests, without the slow ones      PYTEST_ARGS=..."
 	@echo "make test-slow    the slow tests"
 	@echo "make test-hf      compares imported models with transformers, which it installs (5.6 GB with torch)"
+	@echo "make test-t5x     T5X_SRC=DIR, a checkout of T5X: the tests that need it (Python 3.11; docs/t5x.md)"
 	@echo "make test-aot     compiles for TPU slices with libtpu, which it installs (200 MB; 15 minutes)"
 	@echo "make browser      a Chromium for the tests of the report in one"
 	@echo "make lint         ruff, pyright, import-linter"
@@ -50,6 +52,10 @@ test-slow: $$(TEST_STAMP)
 
 test-hf: $$(HF_STAMP)
 	.venv-hf/bin/python -m pytest -m hf $(PYTEST_ARGS)
+
+test-t5x: $$(T5X_STAMP)
+	UNCURL_T5X_SRC="$(abspath $(or $(T5X_SRC),$(error give T5X_SRC, the directory of a checkout of T5X)))" \
+	  .venv-t5x/bin/python -m pytest -m t5x $(PYTEST_ARGS)
 
 test-aot: $$(AOT_STAMP)
 	.venv-aot/bin/python -m pytest -m aot $(PYTEST_ARGS)
@@ -95,6 +101,16 @@ endef
 
 .venv-hf/uncurl_jax-py%.stamp: .venv-hf/locked-py%.stamp pyproject.toml
 	$(call install_checkout,.venv-hf)
+
+.venv-t5x/locked-py%.stamp: requirements/py%-dev.txt
+	$(call install_lock,.venv-t5x,$<)
+
+# The extra's packages that the lock lacks; what it has stays.
+.venv-t5x/uncurl_jax-py%.stamp: .venv-t5x/locked-py%.stamp pyproject.toml
+	.venv-t5x/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb")) \
+	  ["project"]["optional-dependencies"]["t5x"], sep="\n")' > .venv-t5x/t5x.txt
+	.venv-t5x/bin/python -m pip install --quiet -r .venv-t5x/t5x.txt
+	$(call install_checkout,.venv-t5x)
 
 # The locks hold no libtpu, which nothing else needs: it is the one that the locked jax asks for.
 .venv-aot/locked-py%.stamp: requirements/py%-dev.txt
