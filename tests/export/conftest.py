@@ -44,6 +44,25 @@ def compile_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What lets other processes compile quickly too, and each program once."""
+    return {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+@pytest.fixture
+def quick_processes(environment, monkeypatch) -> None:
+    """Puts that into the environment that other processes get."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 def random_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     generator = np.random.default_rng(seed)
     params: dict[str, Any] = {}

@@ -103,8 +103,7 @@ def _served(config: ModelConfig, dtype: str | None, max_length: int | None) -> M
 
 def _check_alike(sources: Sequence[Source]) -> None:
     def base(source: Source) -> ModelConfig:
-        counts = tuple(int(count > 0) for count in source.config.num_experts)
-        return dataclasses.replace(source.config, num_experts=counts, expert_map=None)
+        return source.config.with_experts(source.config.num_selected_experts)
 
     first = sources[0]
     for source in sources[1:]:
