@@ -158,9 +158,13 @@ def compared(**changes):
     return runner.compare({**reference, **changes}, reference)
 
 
-def test_differences_are_relative_to_one_plus_the_value():
+def test_differences_are_relative_to_one_plus_the_size_of_a_row():
     found = compared(prefill_logits=np.asarray([[1.0], [3.4], [0.0], [0.05]]))
-    assert found["difference"] == pytest.approx(0.1)
+    assert found["difference"] == pytest.approx(0.4 / (1 + 3))
+    found = runner.compare(
+        {"prefill_logits": np.asarray([[3.0, 5.5]])}, {"prefill_logits": np.asarray([[3.0, 5.0]])}
+    )
+    assert found["difference"] == pytest.approx(0.5 / (1 + np.sqrt((9 + 25) / 2)))
     assert found["same_rows"] == 1.0
 
 

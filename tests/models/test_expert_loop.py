@@ -15,9 +15,9 @@ EXPERTS, DIM, MLP = 5, 6, 8
 
 
 def run(x, index, wanted, gate, experts):
-    arrays = (jnp.asarray(array) for array in (x, index, wanted, gate))
+    x, index, wanted, gate = (jnp.asarray(array) for array in (x, index, wanted, gate))
     experts = jax.tree.map(jnp.asarray, experts)
-    return np.asarray(apply_in_loop(*arrays, experts, jax.nn.gelu))
+    return np.asarray(apply_in_loop(x, index, wanted, gate, experts, jax.nn.gelu))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,6 @@ def test_int8_kernels_are_multiplied_by_their_scales(random_experts):
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_repeated_maxima_are_the_largest_in_the_order_of_top_k(k):
-    values = np.random.default_rng(0).integers(0, 4, (30, 5)).astype(np.float32) / 4
+    values = jnp.asarray(np.random.default_rng(0).integers(0, 4, (30, 5)) / 4, jnp.float32)
     for found, expected in zip(_top_k_by_rounds(values, k), jax.lax.top_k(values, k), strict=True):
         np.testing.assert_array_equal(found, expected)

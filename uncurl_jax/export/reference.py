@@ -20,7 +20,7 @@ from uncurl_jax.partitioning import TOKEN_AXES, axis_size, place_batch
 
 _ROWS, _STEPS, _TARGETS = 4, 2, 3
 _LONGEST = 48
-# Of |a - b| / (1 + |b|). On one platform programs and references differ by the order of additions;
+# Of `runner.compare`. On one platform programs and references differ by the order of additions;
 # others round products of float32 too (TPUs by default to bfloat16).
 TOLERANCES = {
     "float32": {"same_platform": 1e-4, "other_platform": 2e-2},

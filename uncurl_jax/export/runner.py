@@ -329,7 +329,8 @@ def compare(outputs, reference):
     everything after it; hence the rows.
 
     Returns:
-      {"difference": largest |a - b| / (1 + |b|), "same_rows": share of the rows that counted}.
+      {"difference": largest |a - b| / (1 + r), where r is the root mean square of the reference's
+      row of logits, and "same_rows": share of the rows that counted}.
     """
     is_same = np.ones(len(reference["prefill_logits"]), bool)
     for name, expected in reference.items():
@@ -339,7 +340,8 @@ def compare(outputs, reference):
     for name, expected in reference.items():
         if "_experts/" not in name and is_same.any():
             difference = np.abs(outputs[name] - expected)[is_same]
-            difference = difference / (1 + np.abs(expected[is_same]))
+            size = np.sqrt(np.square(expected[is_same]).mean(axis=-1, keepdims=True))
+            difference = difference / (1 + size)
             worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max()))
     return {"difference": worst, "same_rows": float(is_same.mean())}
 

@@ -20,8 +20,8 @@ def check(directory):
     """Compares all models' signatures with the reference; ValueError if one differs.
 
     Returns:
-      {model: {"difference", "same_rows", "tolerance"}}: the largest |a - b| / (1 + |b|) over rows
-      with the same generated tokens, and their share.
+      {model: {"difference", "same_rows", "tolerance"}}: the largest |a - b| / (1 + r) over rows
+      with the same generated tokens, r the root mean square of a row, and their share.
     """
     directory = Path(directory)
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -45,7 +45,8 @@ def check(directory):
         worst = 0.0
         for key, array in found.items():
             expected = stored[f"out/{key}"]
-            difference = (np.abs(array.numpy() - expected) / (1 + np.abs(expected)))[is_same]
+            size = np.sqrt(np.square(expected).mean(axis=-1, keepdims=True))
+            difference = (np.abs(array.numpy() - expected) / (1 + size))[is_same]
             if difference.size:
                 worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max()))
         tolerance = manifest["tolerance"]["same_platform"]
