@@ -213,11 +213,18 @@ class TokenCache:
             )
 
     def check_prompts(self) -> None:
-        """Checks that there are prompts, which is what an encoder reads.
+        """Checks that there are prompts, which is what an encoder reads, and that they are whole.
 
         Raises:
-          InputError: If no row has one.
+          InputError: If no row has one, or nothing stands before a row.
         """
+        if self.bos_id is None:
+            raise InputError(
+                "A model with an encoder needs a vocabulary whose rows begin with an id of their "
+                f"own (T5's is padding), got {self.manifest['vocabulary']['name']} in "
+                f"{self.directory}: set decoder_start_token_id in its config.json and build the "
+                "cache again."
+            )
         if not self.prompt_lengths.any():
             raise InputError(
                 f"A model with an encoder needs rows with a prompt and an answer, got {self.task} "

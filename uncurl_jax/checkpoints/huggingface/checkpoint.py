@@ -209,9 +209,10 @@ def _stored_entries(checkpoint: HuggingFaceCheckpoint, config: ModelConfig) -> l
         for name, info in checkpoint.files.tensors.items()
         if not name.endswith(family.ignored)
     }
-    if config.has_tied_embeddings and _TIED in found:
-        _check_tied(checkpoint, config)
-        del found[_TIED]
+    for name in (*family.aliases, *([_TIED] if config.has_tied_embeddings else [])):
+        if name in found:
+            _check_tied(checkpoint, config, name)
+            del found[name]
     best: list[str] | None = None
     for entries_of in (family.entries, *family.other_entries):
         entries = list(entries_of(config))
@@ -227,8 +228,8 @@ def _stored_entries(checkpoint: HuggingFaceCheckpoint, config: ModelConfig) -> l
     )
 
 
-def _check_tied(checkpoint: HuggingFaceCheckpoint, config: ModelConfig) -> None:
-    """Refuses an output projection that is not the token embedding although they are one."""
+def _check_tied(checkpoint: HuggingFaceCheckpoint, config: ModelConfig, name: str) -> None:
+    """Refuses a tensor that is not the token embedding although they are one."""
     tensors = checkpoint.files.tensors
     embedding = next(
         entry.tensor
@@ -238,8 +239,13 @@ def _check_tied(checkpoint: HuggingFaceCheckpoint, config: ModelConfig) -> None:
     # Without it the directory is refused for that reason.
     stored = tensors.get(embedding)
     if stored is not None and not np.array_equal(
-        read_tensor(tensors[_TIED]).view(np.uint8), read_tensor(stored).view(np.uint8)
+        read_tensor(tensors[name]).view(np.uint8), read_tensor(stored).view(np.uint8)
     ):
+        if name != _TIED:
+            raise InputError(
+                f"{name} must be the token embedding, which both stacks share, got another in "
+                f"{checkpoint.directory}: models with embeddings for each stack are not read."
+            )
         raise InputError(
             f"tie_word_embeddings must be false where {_TIED} is not the token embedding, got true "
             f"in {checkpoint.directory / CONFIG_FILE}: correct {CONFIG_FILE}, or remove the tensor."

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from uncurl_jax.checkpoints.huggingface import gpt2, llama
+from uncurl_jax.checkpoints.huggingface import gpt2, llama, switch
 from uncurl_jax.checkpoints.huggingface.family import Family, HfConfig
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
@@ -191,6 +191,14 @@ FAMILIES: Mapping[str, Family] = {
             gpt2.entries,
             (gpt2.entries_without_prefix,),
             gpt2.IGNORED,
+        ),
+        Family(
+            "switch_transformers",
+            "SwitchTransformersForConditionalGeneration",
+            switch.to_model_config,
+            switch.to_hf_config,
+            switch.entries,
+            aliases=switch.ALIASES,
         ),
     )
 }

@@ -111,6 +111,8 @@ class Family:
       entries: where every parameter is, in the names that checkpoints on the hub have.
       other_entries: other names that the family's checkpoints may have; read, never written.
       ignored: end of names of tensors that are no parameters, such as buffers.
+      aliases: names of tensors that checkpoints may have beside the token embedding, and that must
+        be equal to it; read, never written.
     """
 
     model_type: str
@@ -120,3 +122,4 @@ class Family:
     entries: Callable[[ModelConfig], Iterator[Entry]]
     other_entries: tuple[Callable[[ModelConfig], Iterator[Entry]], ...] = ()
     ignored: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
