@@ -197,7 +197,7 @@ def test_t5x_decodes_the_text_of_our_generation(world):
 def test_wrong_input_is_refused_in_one_sentence_before_any_work(world):
     assert "must hold no results of this mode yet, got answers/" in world.refusal("again")
     assert "must divide the number of devices, got 3 * 1 on 1" in world.refusal("devices")
-    assert "must be new, empty or a run of the same model" in world.refusal("place")
+    assert "must be new, empty or hold checkpoints of the same model" in world.refusal("place")
     assert "got other values of ['num_experts'] than" in world.refusal("other model")
     assert "needs a gin file that binds eval.evaluate, got none" in world.refusal("no run")
     assert not (world.root / "wrong").exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from uncurl_jax.artifacts import PARTIAL_SUFFIX
 from uncurl_jax.checkpoints import layout
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
@@ -36,12 +37,30 @@ class Record:
                 f"{sorted(self.vocabulary)}."
             )
 
-    def check_same(self, directory: epath.Path) -> None:
-        """Checks that a directory is of the same model and vocabulary.
+    def check_directory(self, directory: epath.Path) -> bool:
+        """Checks that steps may be saved in a directory; returns whether it is new.
 
         Raises:
-          InputError: If not, or if a file is missing.
+          InputError: If it holds something else, or steps of another model or vocabulary.
         """
+        if not directory.exists():
+            return True
+        # Killed before model_config.json was written, `write` leaves nothing but these.
+        first = {layout.VOCABULARY_FILE, layout.PROVENANCE_FILE}
+        if directory.is_dir() and all(
+            entry.name in first or entry.name.endswith(PARTIAL_SUFFIX)
+            for entry in directory.iterdir()
+        ):
+            return True
+        if not (directory / layout.MODEL_CONFIG_FILE).exists():
+            raise InputError(
+                "A checkpoint directory must be new, empty or hold checkpoints of the same model, "
+                f"got {directory} without {layout.MODEL_CONFIG_FILE}: choose another directory."
+            )
+        self._check_same(directory)
+        return False
+
+    def _check_same(self, directory: epath.Path) -> None:
         expected = {
             layout.MODEL_CONFIG_FILE: self.model_config.to_dict(),
             layout.VOCABULARY_FILE: dict(self.vocabulary),

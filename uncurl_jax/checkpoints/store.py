@@ -15,7 +15,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from uncurl_jax.artifacts import PARTIAL_SUFFIX
 from uncurl_jax.checkpoints import layout, parameters
 from uncurl_jax.checkpoints.record import Record
 from uncurl_jax.config import ModelConfig
@@ -91,7 +90,7 @@ class CheckpointStore:
         if not layout.is_remote(self.directory):
             self.directory = self.directory.resolve()
         self._expected = parameters.expected_parameters(model_config)
-        is_new = _check_directory(self.directory, record)
+        is_new = record.check_directory(self.directory)
         # No process may look at the directory after another one has begun to fill it.
         ocp.multihost.sync_global_processes("uncurl_jax:checkpoint_store:checked")
         if jax.process_index() == 0:
@@ -187,25 +186,6 @@ class CheckpointStore:
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
-
-
-def _check_directory(directory: epath.Path, record: Record) -> bool:
-    """Returns whether the directory is new; InputError if it is not ours to go on with."""
-    if not directory.exists():
-        return True
-    # Killed before model_config.json was written, a store leaves nothing but these.
-    first = {layout.VOCABULARY_FILE, layout.PROVENANCE_FILE}
-    if directory.is_dir() and all(
-        entry.name in first or entry.name.endswith(PARTIAL_SUFFIX) for entry in directory.iterdir()
-    ):
-        return True
-    if not (directory / layout.MODEL_CONFIG_FILE).exists():
-        raise InputError(
-            "A checkpoint directory must be new, empty or hold checkpoints of the same model, got "
-            f"{directory} without {layout.MODEL_CONFIG_FILE}: choose another directory."
-        )
-    record.check_same(directory)
-    return False
 
 
 def _name(path: tuple[Any, ...]) -> str:

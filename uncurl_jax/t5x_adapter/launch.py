@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gin
@@ -25,6 +24,7 @@ from etils import epath
 from t5x import eval as t5x_eval
 from t5x import infer as t5x_infer
 from t5x import train as t5x_train
+from t5x import utils
 
 from uncurl_jax import __version__
 from uncurl_jax.checkpoints import layout
@@ -60,6 +60,11 @@ def run(mode: str) -> dict[str, Any]:
             "give --gin_file gin/t5x/pretrain.gin, finetune.gin, eval.gin or infer.gin."
         )
     values = gin.get_bindings(function)
+    if not isinstance(values["model"], SmoeDecoderModel):
+        raise InputError(
+            "uncurl t5x runs models of this package, got MODEL = "
+            f"{type(values['model']).__name__}: bind model.SmoeDecoderModel, or use t5x.main."
+        )
     _check_datasets(values)
     # Host memory is JAX's business, accelerators are none of TensorFlow's.
     tf.config.experimental.set_visible_devices([], "GPU")
@@ -83,39 +88,38 @@ def _is_not_orbax(record: Any) -> bool:
 
 def _train(train: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
     model: SmoeDecoderModel = values["model"]
-    directory = Path(os.path.abspath(values["model_dir"]))
+    directory = epath.Path(values["model_dir"])
+    if not layout.is_remote(directory):
+        directory = directory.resolve()
     config = values["checkpoint_cfg"]
     source = None if config.restore is None else config.restore.path
-    record = Record(model.config, _provenance(values, source), _vocabulary(model))
     if source is not None:
         _check_checkpoint(source, model)
-    if (directory / layout.MODEL_CONFIG_FILE).exists():
-        record.check_same(epath.Path(directory))
-    elif directory.exists() and any(directory.iterdir()):
-        raise InputError(
-            f"MODEL_DIR must be new, empty or a run of the same model, got {directory} without "
-            f"{layout.MODEL_CONFIG_FILE}: choose another, or see uncurl t5x adopt --help."
-        )
-    elif jax.process_index() == 0:
+    record = Record(model.config, _provenance(values, source), _vocabulary(model))
+    is_new = record.check_directory(directory)
+    # No process may look at the directory after another one has begun to fill it.
+    utils.sync_global_devices("uncurl_jax:t5x:checked")
+    if is_new and jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        record.write(epath.Path(directory))
-    step, _ = train(**values | {"model_dir": str(directory)})
+        record.write(directory)
+    utils.sync_global_devices("uncurl_jax:t5x:ready")
+    step, _ = train(**values | {"model_dir": os.fspath(directory)})
     return {
-        "checkpoint": str(directory),
+        "checkpoint": os.fspath(directory),
         "step": int(step),
         "metrics": _last_metrics(directory),
     }
 
 
 def _evaluate(evaluate: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-    source, out = values["restore_checkpoint_cfg"].path, Path(values["output_dir"])
+    source, out = values["restore_checkpoint_cfg"].path, epath.Path(values["output_dir"])
     _check_checkpoint(source, values["model"])
     evaluate(**values)
     return {"out": str(out), "checkpoint": source, "metrics": _last_metrics(out)}
 
 
 def _infer(infer: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-    source, out = values["restore_checkpoint_cfg"].path, Path(values["output_dir"])
+    source, out = values["restore_checkpoint_cfg"].path, epath.Path(values["output_dir"])
     _check_checkpoint(source, values["model"])
     done = sorted(out.glob(f"*-{values['mode']}.*.COMPLETED"))
     if done:
@@ -177,7 +181,7 @@ def _provenance(values: dict[str, Any], source: str | None) -> dict[str, Any]:
     return provenance
 
 
-def _last_metrics(directory: Path) -> dict[str, Any]:
+def _last_metrics(directory: epath.Path) -> dict[str, Any]:
     """Returns what SeqIO's JSONLogger wrote last for each task."""
     suffix = "-metrics.jsonl"
     found = {}
