@@ -170,3 +170,25 @@ def test_a_prune_with_options_of_another_format_is_refused(job, uncurl, tmp_path
     done = uncurl(*arguments, "--format", "hff", "--out", "C")
     assert done.status == 2 and '--format must be "uncurl" or "hf"' in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--num_experts 2,3", "has one number of experts ... [0, 2, 0, 3]: plan with a uniform"),
+        ("--num_experts 3 --router remap", "cannot express routers ... as reference, or give"),
+        ("--num_experts 3 --format safetensors", '--format must be "uncurl" or "hf"'),
+    ],
+)
+def test_plans_that_could_not_go_back_are_refused(options, sentence, job, uncurl, tmp_path):
+    root, _ = job
+    command = ["plan", "--statistics", root / "s.npz", "--out", "plan.json", *options.split()]
+    done = uncurl(*command)
+    assert done.status == 2 and done.err.count("\n") == 1
+    place = 0
+    for part in sentence.split("..."):
+        place = done.err.find(part, place)
+        assert place >= 0, f"{part!r} is not in {done.err!r}"
+    assert list(tmp_path.iterdir()) == []
+    if "safetensors" not in options:
+        assert uncurl(*command, "--format", "uncurl").status == 0

@@ -272,6 +272,10 @@ def _add_plan_command(command: Any) -> None:
         help="with --checkpoint: align and merge in memory, and measure what is lost",
     )
     sub.add_argument("--workers", type=int, help="processes for that alignment (default 0)")
+    sub.add_argument(
+        "--format",
+        help="that the result must fit: hf for models that came from there, else uncurl",
+    )
     sub.add_argument("--out", required=True, help="pruning_plan.json to write")
 
 

@@ -414,7 +414,9 @@ def plan(options: Options) -> Any:
         # Overflow is predicted for the capacity that the statistics were taken at.
         factor = statistics.manifest.get("eval_capacity_factor", 1.0)
         options["eval_capacity_factor"] = factor
+    file_format = options.pop("format", None)
     result = configured(plan_lib.make_plan)(statistics, **options)
+    convert_commands.check_plan(result, statistics.manifest, file_format)
     if is_diagnosed and weights is not None:
         with show_progress("diagnose", "layer") as show:
             result = weights.measure(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from uncurl_jax.errors import InputError
+
 Options = dict[str, Any]
 
 
@@ -53,6 +55,24 @@ def export_hf(options: Options) -> Any:
         return export_checkpoint(
             checkpoint, out, progress=lambda _, done, total: show(done, total), **options
         )
+
+
+def check_plan(plan: Any, manifest: dict[str, Any], file_format: str | None) -> None:
+    """Refuses a plan whose result could not be written in the format that it is meant for.
+
+    Args:
+      plan: what was decided.
+      manifest: of its statistics.
+      file_format: "uncurl" or "hf"; None is "hf" for models that came from there.
+    """
+    from uncurl_jax.checkpoints.huggingface.translate import check_plan as check
+    from uncurl_jax.checkpoints.sinks import FORMATS
+
+    if file_format not in (None, *FORMATS):
+        raise InputError(f'--format must be "uncurl" or "hf", got {file_format!r}: choose one.')
+    model_type = manifest.get("hf_model_type")
+    if file_format == "hf" or (file_format is None and model_type is not None):
+        check(plan.num_experts, plan.router, model_type or "transformers")
 
 
 def _absolute(out: str) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from uncurl_jax.artifacts import refuse_existing
-from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints import companions, layout
 from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache
@@ -252,6 +252,8 @@ def calibration_manifest(
       shard: part of the batches.
       collect: optional statistics.
     """
+    is_reader = isinstance(checkpoint, layout.ArrayReader)
+    original = companions.original_config(checkpoint.checkpoint if is_reader else checkpoint)
     return make_manifest(
         checkpoint_hash=layout.fingerprint(checkpoint),
         num_experts=config.num_experts,
@@ -266,6 +268,8 @@ def calibration_manifest(
         max_batches=max_batches,
         collected=list(collect),
         **({} if shard is None else {"shards": [f"{shard[0]}/{shard[1]}"]}),
+        # Plans are then made so that the result can go back to where the model came from.
+        **({} if original is None else {"hf_model_type": original["model_type"]}),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from uncurl_jax.checkpoints.huggingface.directory import CONFIG_FILE
@@ -87,6 +87,32 @@ def translate(config: ModelConfig, original: Mapping[str, Any] | None, dtype: st
             f"{', '.join(different)} than it has room for: keep this package's own format."
         )
     return Translated(family, result)
+
+
+def check_plan(num_experts: Sequence[int], router: str, model_type: str) -> None:
+    """Checks, before a prune, that its result can be written for transformers.
+
+    Args:
+      num_experts: experts per layer after it, 0 for dense layers.
+      router: the plan's router treatment.
+      model_type: family of the model.
+
+    Raises:
+      InputError: If config.json of the family cannot express the result.
+    """
+    counts = sorted({count for count in num_experts if count})
+    remedy = "or give --format uncurl if the result stays in this package's format"
+    if len(counts) > 1:
+        raise InputError(
+            f"{CONFIG_FILE} of {model_type} has one number of experts for all layers, got a plan "
+            f"with {list(num_experts)}: plan with a uniform count, as --num_experts {counts[0]}, "
+            f"{remedy}."
+        )
+    if router == "remap":
+        raise InputError(
+            f"{CONFIG_FILE} of {model_type} cannot express routers that are wider than their "
+            f"experts, got --router remap: choose another, as reference, {remedy}."
+        )
 
 
 def _new(config: ModelConfig, dtype: str) -> Translated:
