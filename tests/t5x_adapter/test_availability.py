@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.version
 import pytest
 
 from uncurl_jax.errors import InputError
 from uncurl_jax.t5x_adapter import availability
 
 ROOT = Path(__file__).parents[2]
+HAS_NEW_JAX = jax.version.__version_info__ >= (0, 11)
 
 
 def test_a_directory_without_t5x_is_refused(tmp_path):
@@ -24,11 +26,18 @@ def test_a_missing_t5x_is_explained():
     assert "docs/t5x.md" in said
 
 
+@pytest.mark.skipif(HAS_NEW_JAX, reason="jax is said to be too new first")
 def test_a_broken_t5x_is_explained(tmp_path):
     source = t5x_like(tmp_path / "broken", "import a_module_that_is_nowhere")
     said = say("", source)
     assert said.startswith("T5X must be importable, got No module named 'a_module_that_is_nowhere'")
     assert "pip install 'uncurl_jax[t5x]'" in said
+
+
+@pytest.mark.skipif(not HAS_NEW_JAX, reason="T5X can use this jax")
+def test_a_jax_that_t5x_cannot_use_is_named(tmp_path):
+    said = say("", t5x_like(tmp_path / "source"))
+    assert said.startswith("T5X needs jax below 0.11, which took jax.experimental.pjit away, got")
 
 
 def test_the_first_t5x_of_a_process_stays(tmp_path):
