@@ -16,7 +16,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from uncurl_jax import __version__
-from uncurl_jax.cli import convert_commands, export_commands, recipe_commands, t5x_commands
+from uncurl_jax.cli import (
+    convert_commands,
+    export_commands,
+    recipe_commands,
+    serve_command,
+    t5x_commands,
+)
 from uncurl_jax.errors import InputError
 
 _GIN_PREFIX = "--gin."
@@ -100,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench_command(command)
     _add_aot_command(command)
     recipe_commands.add_parser(command)
+    serve_command.add_parser(command)
     t5x_commands.add_parser(command, _add_gin_arguments)
     return parser
 

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import refuse_existing
-from uncurl_jax.cli import convert_commands, export_commands, recipe_commands, t5x_commands
+from uncurl_jax.cli import (
+    convert_commands,
+    export_commands,
+    recipe_commands,
+    serve_command,
+    t5x_commands,
+)
 from uncurl_jax.cli.gin_config import bound, bound_value, configured
 from uncurl_jax.errors import InputError
 
@@ -48,6 +54,7 @@ GIN_MODULES: dict[str, tuple[str, ...]] = {
     "bench": ("uncurl_jax.config", "uncurl_jax.deployment.bench"),
     "aot": ("uncurl_jax.config", "uncurl_jax.training.trainer"),
     "recipes": recipe_commands.GIN_MODULES,
+    "serve": serve_command.GIN_MODULES,
     "t5x": ("uncurl_jax.config",),
 }
 
@@ -855,5 +862,6 @@ COMMANDS: dict[str, Callable[[Options], Any]] = {
     "bench": bench,
     "aot": aot,
     "recipes": recipe_commands.recipes,
+    "serve": serve_command.serve,
     "t5x": t5x_commands.t5x,
 }

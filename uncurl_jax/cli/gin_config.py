@@ -35,7 +35,8 @@ _PARSE_ERRORS = (
 )
 # Where dataclasses and small functions check what gin files bind.
 _CONFIGURATION_FILES = tuple(
-    Path(uncurl_jax.__file__).parent / name for name in ("config.py", "experiments/study.py")
+    Path(uncurl_jax.__file__).parent / name
+    for name in ("config.py", "experiments/study.py", "serving/settings.py")
 )
 
 
