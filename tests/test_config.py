@@ -30,6 +30,7 @@ OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-3)
 def test_experts_alternate_starting_with_the_first_layer():
     assert alternating_experts(5, 8) == (8, 0, 8, 0, 8)
     assert alternating_experts(4, 0) == (0, 0, 0, 0)
+    assert alternating_experts(5, 8, first=1) == (0, 8, 0, 8, 0)
 
 
 def test_steps_are_scaled_rounded_and_at_least_one():

@@ -95,8 +95,10 @@ def test_the_commands_in_the_head_are_commands_of_the_program(name):
 def test_a_model_file_builds_the_model_of_any_number_of_experts(name, num_experts):
     parse(name, f"NUM_EXPERTS = {num_experts}")
     model = gin.get_configurable(config.ModelConfig)()
-    assert model.num_experts[::2] == (num_experts,) * (model.num_layers // 2)
-    assert set(model.num_experts[1::2]) == {0}
+    # Switch Transformers begin with a dense layer.
+    first = int(model.has_encoder)
+    assert model.num_experts[first::2] == (num_experts,) * (model.num_layers // 2)
+    assert set(model.num_experts[1 - first :: 2]) == {0}
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,16 @@ from uncurl_jax.errors import InputError
 from uncurl_jax.model_checks import check_model
 
 
-def alternating_experts(num_layers: int, num_experts: int) -> tuple[int, ...]:
-    """Returns expert counts with an MoE layer in every other place, starting with the first.
+def alternating_experts(num_layers: int, num_experts: int, first: int = 0) -> tuple[int, ...]:
+    """Returns expert counts with an MoE layer in every other place.
 
-    Section 3 of arXiv 2409.01483: layers 0, 2, 4, ... are MoE layers, the others dense.
-    `num_experts` 0 gives a dense model.
+    Args:
+      num_layers: depth.
+      num_experts: of the MoE layers; 0 gives a dense model.
+      first: 0 begins with the first layer (section 3 of arXiv 2409.01483), 1 with the second
+        (Switch Transformers, both stacks of which have an even number of layers).
     """
-    return tuple(num_experts if layer % 2 == 0 else 0 for layer in range(num_layers))
+    return tuple(num_experts if layer % 2 == first else 0 for layer in range(num_layers))
 
 
 def scaled_steps(steps: int, scale: float = 1.0) -> int:

@@ -49,6 +49,15 @@ def test_experts_of_the_preset_stand_in_every_other_layer_and_add_to_the_dense_m
     assert count_parameters(moe).active == count_parameters(dense).total + routers
 
 
+def test_switch_base_is_t5_base_with_experts_in_every_other_layer():
+    # transformers counts 222,903,552 parameters in t5-base, whose architecture this is when dense.
+    dense, moe = build("switch_base", 0), build("switch_base", 8)
+    assert count_parameters(dense).total == 222_903_552
+    assert moe.moe_layers == tuple(range(1, 24, 2)) and moe.num_encoder_layers == 12
+    one_expert, routers = 2 * 768 * 3072, 12 * 768 * 8
+    assert count_parameters(moe).total == 222_903_552 + 12 * 7 * one_expert + routers
+
+
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_the_small_presets_build(preset: str):
     model = build(preset, 16)

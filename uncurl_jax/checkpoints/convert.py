@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from uncurl_jax.artifacts import sha256_of_json
-from uncurl_jax.checkpoints import layout, pruned
+from uncurl_jax.checkpoints import flaxformer, layout, pruned
 from uncurl_jax.checkpoints.accounting import Accounts, Piece, account_copy
 from uncurl_jax.checkpoints.huggingface import checkpoint as huggingface
 from uncurl_jax.checkpoints.pruned import Progress, new_output, stage
@@ -31,6 +31,7 @@ from uncurl_jax.checkpoints.sinks import (
 )
 from uncurl_jax.checkpoints.state_writer import num_bytes, num_elements
 from uncurl_jax.checkpoints.work_directory import open_work_directory
+from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.vocabulary import load_vocabulary
 from uncurl_jax.errors import InputError
 
@@ -86,6 +87,37 @@ def import_checkpoint(
     reader = huggingface.HuggingFaceReader(checkpoint)
     request = _Request(reader, "import", "uncurl", vocabulary=record)
     return {"model_type": checkpoint.family.model_type, **_convert(request, out, progress)}
+
+
+def import_t5x(
+    directory: layout.PathLike,
+    out: layout.PathLike,
+    config: ModelConfig,
+    vocabulary: dict[str, Any],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Makes a checkpoint of this package from an encoder-decoder that T5X trained with Flaxformer.
+
+    The bits of all numbers stay as they are.
+
+    Args:
+      directory: of `checkpoint_<step>` directories in either of T5X's layouts, or one of these.
+      out: directory to make; local or gs://; gets step 0.
+      config: the architecture, which T5X's own files say in gin.
+      vocabulary: {"name", "spec", "size", "hash"} of the tokeniser.
+      progress: called with ("import", done, total), which count experts and batches of arrays.
+
+    Returns:
+      As `import_checkpoint`, with "step" in place of "model_type".
+
+    Raises:
+      InputError: If there is no such step, it does not hold the parameters of the model, or `out`
+        exists; no new file is left then.
+    """
+    checkpoint = flaxformer.resolve(directory, config, vocabulary)
+    request = _Request(flaxformer.FlaxformerReader(checkpoint), "import", "uncurl")
+    return {"step": checkpoint.step, **_convert(request, out, progress)}
 
 
 def export_checkpoint(

@@ -64,15 +64,16 @@ class LegacyReader:
         self._leaves = dict(sorted(_flat(target).items()))
         self.metadata = {name: self._describe(name) for name in self._leaves}
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads one parameter.
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """Reads one parameter, or its part `index` along the first axis.
 
         Raises:
           InputError: If its files are damaged or missing.
         """
         leaf = self._leaves[name]
-        array = self._open(name).read().result() if _is_spec(leaf) else np.asarray(leaf)
-        array = np.asarray(array)
+        array: Any = self._open(name) if _is_spec(leaf) else np.asarray(leaf)
+        array = array if index is None else array[index]
+        array = np.asarray(array.read().result() if _is_spec(leaf) else array)
         return array.view(ml_dtypes.bfloat16) if self._is_disguised(array.dtype) else array
 
     def _read_file(self) -> dict[str, Any]:

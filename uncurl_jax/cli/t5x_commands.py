@@ -49,8 +49,9 @@ def add_parser(command: Callable[[str, str], argparse.ArgumentParser], add_commo
     parser.add_argument("--vocabulary", required=True, help="spec of the vocabulary of its tokens")
     parser.add_argument(
         "--out",
-        help="new directory; needed where DIR holds steps of T5X's older layout, which are copied. "
-        "Without it three JSON files are added to DIR",
+        help="new directory; needed where DIR holds steps of T5X's older layout, or an "
+        "encoder-decoder of Flaxformer's, which are copied. Without it three JSON files are added "
+        "to DIR",
     )
 
 
@@ -107,11 +108,37 @@ def _adopt(options: Options) -> Any:
             "A checkpoint is adopted as that of a model, got no ModelConfig: give the --gin_file "
             "that binds the one it was trained with, as gin/models/354m.gin."
         )
+    config = configured(ModelConfig)()
+    vocabulary = load_vocabulary(options["vocabulary"]).describe()
+    if config.has_encoder:
+        return _adopt_flaxformer(options, config, vocabulary)
     result = adopt.adopt_checkpoint(
         options["checkpoint"],
-        configured(ModelConfig)(),
-        load_vocabulary(options["vocabulary"]).describe(),
+        config,
+        vocabulary,
         out=options.get("out"),
         progress=lambda text: print(f"uncurl t5x: {text}", file=sys.stderr),
     )
     return {"checkpoint": str(result.directory), "steps": result.steps}
+
+
+def _adopt_flaxformer(options: Options, config: Any, vocabulary: dict[str, Any]) -> Any:
+    from uncurl_jax.checkpoints.convert import import_t5x
+    from uncurl_jax.cli.commands import new_output, show_progress
+
+    if "out" not in options:
+        raise InputError(
+            "An encoder-decoder of Flaxformer's is copied to a new directory, under the names of "
+            f"this package, got {options['checkpoint']} without --out: give one."
+        )
+    out = options["out"]
+    # Because Orbax refuses to write below a relative directory.
+    out = out if "://" in out else str(new_output(out).absolute())
+    with show_progress("import", "piece") as show:
+        return import_t5x(
+            options["checkpoint"],
+            out,
+            config,
+            vocabulary,
+            progress=lambda _, done, total: show(done, total),
+        )

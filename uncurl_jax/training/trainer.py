@@ -504,7 +504,7 @@ class _MetricsLog:
         self._is_writer = jax.process_index() == 0
         active = count_parameters(run.model).active
         self._flops = throughput.training_flops_per_token(run.model, active, run.length)
-        # Tokens of an encoder-decoder go through one of the stacks, which the estimate does not know.
+        # A token goes through one of an encoder-decoder's stacks; the estimate is of one stack.
         is_known = not run.model.has_encoder
         device = jax.devices()[0].device_kind
         self._peak = throughput.peak_flops_per_second(device) if is_known else None
