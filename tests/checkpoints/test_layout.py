@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from uncurl_jax.checkpoints.finite import check_finite, find_nonfinite
 from uncurl_jax.checkpoints.layout import (
     StateReader,
     array_metadata,
     check_architecture,
-    check_finite,
-    find_nonfinite,
     fingerprint,
     finished_steps,
     read_array,

@@ -19,6 +19,7 @@ from etils import epath
 from uncurl_jax.artifacts import atomic_directory
 from uncurl_jax.checkpoints import companions, layout, pruned
 from uncurl_jax.checkpoints.accounting import STEP, Accounts, account, pruned_config
+from uncurl_jax.checkpoints.finite import check_finite
 from uncurl_jax.checkpoints.parameters import is_expert_array
 from uncurl_jax.checkpoints.replay import choose_workers
 from uncurl_jax.checkpoints.state_writer import nested
@@ -55,7 +56,7 @@ def prune_in_memory(
     reader = layout.open_reader(source)
     config = reader.checkpoint.model_config()
     fingerprint = pruned.check_source(reader, config, plan)
-    layout.check_finite(reader)
+    check_finite(reader)
     accounts = account(reader, plan, config)
     tree = _transformed(reader, plan, config, accounts, choose_workers(workers, plan, config))
     with _new_directory(out) as directory:

@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,25 +62,6 @@ class ArrayMetadata(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
-
-
-class NonFinite(NamedTuple):
-    """NaN or infinite values in one parameter.
-
-    Attributes:
-      name: the parameter, for example "layers_0/moe/experts/wi".
-      expert: which expert of it; None for parameters that have no expert axis.
-      count: how many values.
-    """
-
-    name: str
-    expert: int | None
-    count: int
-
-    def __str__(self) -> str:
-        """Names the parameter, its expert and the count."""
-        place = self.name if self.expert is None else f"{self.name} expert {self.expert}"
-        return f"{place} ({self.count} values)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,49 +409,4 @@ def check_architecture(
         raise InputError(
             f"A checkpoint must hold the parameters of its architecture, got {reader.checkpoint} "
             f"with {listed(problems)}: use the model configuration that it was trained with."
-        )
-
-
-def find_nonfinite(
-    path: PathLike | CheckpointPath | ArrayReader,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[NonFinite]:
-    """Finds NaN and infinity in the parameters; reads all of them, a few at a time.
-
-    Args:
-      path: the checkpoint.
-      progress: called with (arrays read, arrays in all); experts count one by one.
-
-    Returns:
-      One entry for each parameter, or each expert of one, that is not finite.
-    """
-    reader = open_reader(path)
-    requests: list[tuple[str, int | None]] = []
-    for name, (shape, _) in reader.parameters().items():
-        indices = range(shape[0]) if is_expert_array(name) else [None]
-        requests.extend((f"{TARGET}/{name}", index) for index in indices)
-    found = []
-    arrays = zip(requests, reader.stream(requests), strict=True)
-    for done, ((name, index), array) in enumerate(arrays, start=1):
-        count = int(array.size - np.count_nonzero(np.isfinite(array)))
-        if count:
-            found.append(NonFinite(name.removeprefix(f"{TARGET}/"), index, count))
-        if progress is not None:
-            progress(done, len(requests))
-    return found
-
-
-def check_finite(
-    path: PathLike | CheckpointPath | ArrayReader,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Raises InputError naming every parameter, and expert, that holds NaN or infinity."""
-    reader = open_reader(path)
-    found = find_nonfinite(reader, progress=progress)
-    if found:
-        raise InputError(
-            f"All parameters must be finite, got NaN or infinity in {reader.checkpoint}: "
-            f"{listed(found)}; use an earlier step."
         )

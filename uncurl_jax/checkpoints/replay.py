@@ -19,6 +19,7 @@ import numpy as np
 
 from uncurl_jax.checkpoints import layout
 from uncurl_jax.checkpoints.accounting import Accounts, Piece
+from uncurl_jax.checkpoints.finite import check_finite
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning.alignment import AlignedExpert, AlignmentPool
@@ -182,7 +183,7 @@ class _Source:
                 array = next(self._arrays)
             if not np.isfinite(array).all():
                 # Raises, and names every parameter and expert that is not finite.
-                layout.check_finite(self._reader)
+                check_finite(self._reader)
             arrays[key if index is None else key.rsplit("/", 1)[1]] = array
         return arrays
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from uncurl_jax.artifacts import refuse_existing
 from uncurl_jax.checkpoints import companions, layout
+from uncurl_jax.checkpoints.finite import check_finite
 from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache
@@ -414,7 +415,7 @@ def calibrate_checkpoint(
         )
     except InputError as error:
         # A parameter that is not finite spoils later layers too: name it, not what it spoiled.
-        layout.check_finite(path)
+        check_finite(path)
         if is_resumed:
             raise InputError(
                 f"{error} (A calibration that was interrupted left {partial}: remove it to begin "

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from uncurl_jax import __version__
 from uncurl_jax.artifacts import atomic_file, refuse_existing, write_json
 from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints.finite import check_finite
 from uncurl_jax.checkpoints.model import LoadedModel, load_model
 from uncurl_jax.data import metrics
 from uncurl_jax.data.cache_writer import LANGUAGE_MODELING, RANK_CLASSIFICATION
@@ -295,7 +296,7 @@ def _generate(
             f"got {max_new_tokens}: choose another."
         )
     if not all(bool(jnp.isfinite(array).all()) for array in jax.tree.leaves(model.params)):
-        layout.check_finite(model.checkpoint)
+        check_finite(model.checkpoint)
     prompts = [cache.prompt(index)[-room:] for index in range(cache.manifest["examples"])]
     outputs: list[list[int]] = []
     starts = tqdm(

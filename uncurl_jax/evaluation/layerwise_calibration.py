@@ -15,6 +15,7 @@ import jax
 
 from uncurl_jax.artifacts import refuse_existing
 from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints.finite import check_finite
 from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.calibration import (
@@ -114,7 +115,7 @@ def calibrate_layer_by_layer(
         inputs = RouterInputs(observed.samples, manifest) if inputs_out is not None else None
     except InputError:
         # A parameter that is not finite spoils later layers too: name it, not what it spoiled.
-        layout.check_finite(reader)
+        check_finite(reader)
         raise
     if inputs is not None and inputs_out is not None:
         inputs.save(inputs_out)

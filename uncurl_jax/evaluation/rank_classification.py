@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints.finite import check_finite
 from uncurl_jax.checkpoints.model import LoadedModel
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.data.token_cache import Batch, TokenCache, bucket_length
@@ -117,7 +117,7 @@ def score_rows(
         left_behind += float(out["left_behind"]) * weight
         total += weight
     if not np.isfinite(log_likelihood[num_tokens > 0]).all():
-        layout.check_finite(model.checkpoint)
+        check_finite(model.checkpoint)
         raise RuntimeError(
             f"Log-likelihoods must be finite, got NaN or infinity from {model.checkpoint}, whose "
             "parameters are finite: its activations overflow; evaluate it in float32."

@@ -13,6 +13,7 @@ import numpy as np
 
 from uncurl_jax.artifacts import sha256_of_bytes
 from uncurl_jax.checkpoints import layout
+from uncurl_jax.checkpoints.finite import check_finite
 from uncurl_jax.checkpoints.parameters import is_expert_array
 from uncurl_jax.config import ModelConfig
 from uncurl_jax.errors import InputError
@@ -215,7 +216,7 @@ def read_parameter(source: Source, path: str, expert: int | None = None) -> np.n
     """
     array = source.reader.read(f"{layout.TARGET}/{path}", expert)
     if not np.isfinite(array).all():
-        layout.check_finite(source.reader)
+        check_finite(source.reader)
     if path == POSITIONS:
         array = array[: source.config.max_length]
     return array.astype(stored_dtype(path, source.config))
