@@ -19,6 +19,7 @@ from uncurl_jax.data import synthetic
 from uncurl_jax.data.token_cache import TokenCache, build_token_cache
 from uncurl_jax.data.vocabulary import load_vocabulary
 from uncurl_jax.evaluation.evaluator import evaluate_model
+from uncurl_jax.export.manifest import ExportOptions
 from uncurl_jax.export.stablehlo import export_stablehlo
 
 CONFIG = ModelConfig(
@@ -141,7 +142,8 @@ def evaluate(model: Any, cache: TokenCache) -> dict[str, Any]:
 def shared(checkpoints, cache, tmp_path_factory) -> Path:
     """One artifact of both models, `pruned` scored."""
     out = tmp_path_factory.mktemp("artifacts") / "shared"
-    export_stablehlo(checkpoints, out, caches={"pruned": cache}, evaluate=evaluate)
+    options = ExportOptions(caches={"pruned": cache}, evaluate=evaluate)
+    export_stablehlo(checkpoints, out, options)
     return out
 
 

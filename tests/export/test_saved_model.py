@@ -11,6 +11,7 @@ import pytest
 from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.generation import generate
+from uncurl_jax.export.manifest import ExportOptions
 from uncurl_jax.export.saved_model import export_saved_model
 from uncurl_jax.export.verify import verify_artifact
 
@@ -32,7 +33,9 @@ print(json.dumps([names, tokens, following]))
 def saved(checkpoints, cache, tmp_path_factory):
     pytest.importorskip("tensorflow")
     out = tmp_path_factory.mktemp("saved") / "artifact"
-    summary = export_saved_model(checkpoints, out, max_new_tokens=3, caches={"pruned": cache})
+    summary = export_saved_model(
+        checkpoints, out, ExportOptions(caches={"pruned": cache}), max_new_tokens=3
+    )
     return out, summary
 
 
@@ -73,7 +76,8 @@ def test_variables_are_shared_and_the_reference_holds(saved, read_manifest, cach
 def test_int8_kernels_are_signatures_too(checkpoints, tmp_path, read_manifest):
     pytest.importorskip("tensorflow")
     out = tmp_path / "artifact"
-    export_saved_model({"m": checkpoints["pruned"]}, out, quantization="int8", max_new_tokens=2)
+    options = ExportOptions(quantization="int8")
+    export_saved_model({"m": checkpoints["pruned"]}, out, options, max_new_tokens=2)
     assert verify_artifact(out)["verified"]
     assert read_manifest(out)["models"]["m"]["signatures"]["score"] == "score"
 

@@ -11,6 +11,7 @@ import pytest
 
 from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.errors import InputError
+from uncurl_jax.export.manifest import ExportOptions
 from uncurl_jax.export.quantization import quantize
 from uncurl_jax.export.serving_checkpoint import export_orbax
 from uncurl_jax.export.serving_config import ServingConfig
@@ -47,7 +48,7 @@ def on_eight(uneven, environment, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        summary = export_orbax({"m": uneven}, out, config, dtype="float32")
+        summary = export_orbax({"m": uneven}, out, config, ExportOptions(dtype="float32"))
     return out, summary
 
 
@@ -96,7 +97,7 @@ def test_heads_and_units_are_divided_too(
 ):
     out = tmp_path / "artifact"
     config = ServingConfig("two by two by two", (2, 2, 2), "replicate")
-    export_orbax({"m": uneven}, out, config, quantization=quantization)
+    export_orbax({"m": uneven}, out, config, ExportOptions(quantization=quantization))
     assert verify_artifact(out)["verified"]
     manifest = read_manifest(out)
     arrays = restored(out, manifest)
@@ -115,3 +116,23 @@ def test_heads_and_units_are_divided_too(
 def test_several_checkpoints_are_refused(checkpoints, tmp_path):
     with pytest.raises(InputError, match="--format orbax takes one checkpoint, got 2"):
         export_orbax(checkpoints, tmp_path / "out", ServingConfig("one", (1, 1, 1)))
+
+
+def test_layers_that_the_model_lacks_are_refused(checkpoints, tmp_path):
+    config = ServingConfig("one", (1, 1, 1), layers=((1, "pad"),))
+    base = {"base": checkpoints["base"]}
+    with pytest.raises(InputError, match=r"must have experts, got \[1\] in one for a model"):
+        export_orbax(base, tmp_path / "out", config)
+    config = ServingConfig("one", (1, 1, 1), expert_axes=((),))
+    with pytest.raises(InputError, match="one entry per layer, got 1 for 2 layers"):
+        export_orbax(base, tmp_path / "out", config)
+
+
+@pytest.mark.slow
+def test_axes_of_a_placement_decide_which_layers_are_padded(uneven, quick_processes, tmp_path):
+    out = tmp_path / "artifact"
+    axes = ((), ("data", "expert"))
+    summary = export_orbax({"m": uneven}, out, ServingConfig("two", (2, 2, 1), expert_axes=axes))
+    # Every device holds the three experts of layer 0; the two of layer 1 are on four devices.
+    assert [layer["stored"] for layer in summary["layers"].values()] == [3, 4]
+    assert verify_artifact(out)["verified"]

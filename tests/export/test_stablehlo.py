@@ -14,6 +14,7 @@ from uncurl_jax.checkpoints.model import load_model
 from uncurl_jax.errors import InputError
 from uncurl_jax.evaluation.evaluator import evaluate_model
 from uncurl_jax.export import runner
+from uncurl_jax.export.manifest import ExportOptions
 from uncurl_jax.export.quantization import quantize
 from uncurl_jax.export.runner import Artifact, read_tensors
 from uncurl_jax.export.sources import open_sources, write_weights
@@ -203,14 +204,8 @@ def test_the_score_is_that_of_the_evaluation(shared, checkpoints, cache, read_ma
 @pytest.fixture(scope="module")
 def quantized(checkpoints, cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("quantized") / "artifact"
-    summary = export_stablehlo(
-        {"base": checkpoints["base"]},
-        out,
-        quantization="int8",
-        max_length=90,
-        caches={"base": cache},
-    )
-    return out, summary
+    options = ExportOptions(quantization="int8", max_length=90, caches={"base": cache})
+    return out, export_stablehlo({"base": checkpoints["base"]}, out, options)
 
 
 def test_int8_experts_are_a_quarter_and_close(quantized, checkpoints, read_manifest):
@@ -252,9 +247,9 @@ def test_a_bfloat16_artifact_is_half_and_keeps_routers_wide(checkpoints, save_ch
             np.testing.assert_array_equal(array, wide.arrays[name].astype(array.dtype))
 
 
-def refused(sentence, *arguments, **options):
+def refused(sentence, checkpoints, out, **options):
     with pytest.raises(InputError, match=sentence):
-        export_stablehlo(*arguments, **options)
+        export_stablehlo(checkpoints, out, ExportOptions(**options))
 
 
 def test_an_output_that_exists_is_refused(checkpoints, tmp_path):

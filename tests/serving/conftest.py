@@ -20,6 +20,7 @@ from uncurl_jax.data import synthetic
 from uncurl_jax.data.token_cache import TokenCache, build_token_cache
 from uncurl_jax.data.vocabulary import load_vocabulary
 from uncurl_jax.evaluation.calibration import calibrate_model
+from uncurl_jax.export.manifest import ExportOptions
 from uncurl_jax.export.stablehlo import export_stablehlo
 from uncurl_jax.models.architecture import init_params
 from uncurl_jax.pruning.plan import make_plan
@@ -89,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         export_stablehlo(
             {"base": root / "base", "topic": root / "pruned"},
             root / "artifact",
-            caches={"topic": validation},
+            ExportOptions(caches={"topic": validation}),
         )
     return Made(
         root / "base",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +49,7 @@ def add_parser(command: Any) -> None:
     sub.add_argument("--vocabulary", help="spec, if the files of the checkpoint's own have moved")
     sub.add_argument("--max_new_tokens", type=int, help="of saved_model's generate (default 16)")
     sub.add_argument("--serving", help="of orbax: name or file of configs/serving")
+    sub.add_argument("--placement", help="of orbax: what uncurl placement --mode serve wrote")
     convert_commands.add_hf_arguments(sub)
 
     sub = command("verify-artifact", "Reload an artifact in a fresh process and compare.")
@@ -60,7 +60,7 @@ def add_parser(command: Any) -> None:
 _TAKES = {
     "stablehlo": {"max_length", "quantization", "caches", "vocabulary"},
     "saved_model": {"max_length", "quantization", "caches", "vocabulary", "max_new_tokens"},
-    "orbax": {"max_length", "quantization", "caches", "vocabulary", "serving"},
+    "orbax": {"max_length", "quantization", "caches", "vocabulary", "serving", "placement"},
     "hf": {"max_shard_bytes"},
 }
 
@@ -80,15 +80,36 @@ def export(options: Options) -> Any:
         return convert_commands.export_hf(options)
     from uncurl_jax.cli.commands import new_output
 
-    options["out"] = new_output(options["out"])
-    options["checkpoints"] = _named(options["checkpoints"], "--checkpoint")
+    out = new_output(options.pop("out"))
+    checkpoints = _named(options.pop("checkpoints"), "--checkpoint")
     if "caches" in options:
-        options["caches"] = _caches(options["caches"], list(options["checkpoints"]))
-    write = _writer(name)
+        options["caches"] = _caches(options["caches"], list(checkpoints))
     with _progress() as show:
-        result = write(**options, evaluate=_evaluate, progress=show)
+        result = _write(name, checkpoints, out, {**options, "progress": show})
     _say(result)
     return result
+
+
+def _write(name: str, checkpoints: dict[str, str], out: Path, options: Options) -> dict[str, Any]:
+    from uncurl_jax.export.manifest import ExportOptions
+
+    own = {
+        key: options.pop(key)
+        for key in ("max_new_tokens", "serving", "placement")
+        if key in options
+    }
+    common = ExportOptions(evaluate=_evaluate, **options)
+    if name == "stablehlo":
+        from uncurl_jax.export.stablehlo import export_stablehlo
+
+        return export_stablehlo(checkpoints, out, common)
+    if name == "saved_model":
+        from uncurl_jax.export.saved_model import export_saved_model
+
+        return export_saved_model(checkpoints, out, common, **own)
+    from uncurl_jax.export.serving_checkpoint import export_orbax
+
+    return export_orbax(checkpoints, out, _serving_config(checkpoints, **own), common)
 
 
 def _say(result: dict[str, Any]) -> None:
@@ -110,29 +131,28 @@ def _say(result: dict[str, Any]) -> None:
             )
 
 
-def _writer(name: str) -> Callable[..., dict[str, Any]]:
-    """Returns the function that writes a format."""
-    if name == "stablehlo":
-        from uncurl_jax.export.stablehlo import export_stablehlo
-
-        return export_stablehlo
-    if name == "saved_model":
-        from uncurl_jax.export.saved_model import export_saved_model
-
-        return export_saved_model
-    from uncurl_jax.export.serving_checkpoint import export_orbax
-
-    return functools.partial(_orbax, export_orbax)
-
-
-def _orbax(write: Callable[..., dict[str, Any]], **options: Any) -> dict[str, Any]:
-    """Writes for the mesh that --serving names."""
+def _serving_config(
+    checkpoints: dict[str, str], serving: str | None = None, placement: str | None = None
+) -> Any:
+    """Returns the mesh that --serving or --placement names; one device if neither is given."""
+    from uncurl_jax.checkpoints import layout
     from uncurl_jax.cli.gin_config import files_root
-    from uncurl_jax.export.serving_config import load_serving_config
+    from uncurl_jax.deployment.placement import load_placement, model_hash
+    from uncurl_jax.export.serving_config import ServingConfig, load_serving_config
 
-    name = options.pop("serving", "one_device")
-    config = load_serving_config(name, files_root() / "configs" / "serving")
-    return write(serving_config=config, **options)
+    if placement is None:
+        return load_serving_config(serving or "one_device", files_root() / "configs" / "serving")
+    if serving is not None:
+        raise InputError("--serving and --placement both name a mesh: leave out one of them.")
+    placed = load_placement(placement)
+    models = [layout.resolve(path).model_config() for path in checkpoints.values()]
+    if placed.mode != "serve" or any(model_hash(m) != placed.model_hash for m in models):
+        raise InputError(
+            f"--placement must be of this model and made with --mode serve, got {placement} for "
+            f"num_experts {list(placed.num_experts)} and mode {placed.mode}: make it again."
+        )
+    sizes = (placed.data_partitions, placed.expert_partitions, placed.model_partitions)
+    return ServingConfig(Path(placement).stem, sizes, expert_axes=placed.expert_axes)
 
 
 def _named(texts: list[str], option: str) -> dict[str, str]:

@@ -2,33 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from uncurl_jax import __version__
-from uncurl_jax.artifacts import sha256_of_file
+from uncurl_jax.artifacts import refuse_existing, sha256_of_file
 from uncurl_jax.checkpoints import layout
 from uncurl_jax.data.huggingface_vocabulary import SETTINGS_FILES, TOKENIZER_FILE
+from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.data.vocabulary import Vocabulary, load_vocabulary
 from uncurl_jax.errors import InputError
 from uncurl_jax.export import runner, scores
 from uncurl_jax.export.quantization import INT8
 from uncurl_jax.export.reference import TOLERANCES
-from uncurl_jax.export.sources import SharedWeights, Source, checkpoint_bytes
+from uncurl_jax.export.sources import (
+    Progress,
+    SharedWeights,
+    Source,
+    checkpoint_bytes,
+    open_sources,
+)
 
 _VOCABULARY = "vocabulary"
 
 
-def check_quantization(quantization: str | None) -> None:
-    """Raises InputError unless experts are to be int8, or as they are."""
-    if quantization not in (None, INT8):
-        raise InputError(f'quantization must be "{INT8}", or None, got {quantization!r}.')
+class Prepared(NamedTuple):
+    """What an export works on, checked.
+
+    Attributes:
+      sources: the checkpoints.
+      vocabulary: of all of them.
+      caches: {name of the model: token cache} to score on.
+    """
+
+    sources: list[Source]
+    vocabulary: Vocabulary
+    caches: dict[str, TokenCache]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What all formats know.
+
+    Attributes:
+      dtype: compute dtype of the models when they are served; their own by default.
+      max_length: most tokens of a prompt and its continuation; the models' own by default.
+      quantization: "int8" for the kernels of experts, None for none.
+      caches: {name of the model: token cache} to score what is exported on.
+      evaluate: scores a model in memory, for the score of the checkpoint itself.
+      vocabulary: spec of the vocabulary, if its files have moved.
+      progress: called with the name of each part that is done.
+    """
+
+    dtype: str | None = None
+    max_length: int | None = None
+    quantization: str | None = None
+    caches: Mapping[str, TokenCache] = dataclasses.field(default_factory=dict)
+    evaluate: scores.Evaluate | None = None
+    vocabulary: str | None = None
+    progress: Progress = lambda _: None
+
+    def __post_init__(self):
+        if self.quantization not in (None, INT8):
+            raise InputError(f'quantization must be "{INT8}", or None, got {self.quantization!r}.')
+
+
+def prepare(
+    checkpoints: Mapping[str, layout.PathLike], out: str | os.PathLike[str], options: ExportOptions
+) -> Prepared:
+    """Opens and checks everything before any work.
+
+    Args:
+      checkpoints: {name of the model: checkpoint}.
+      out: directory to make.
+      options: of the export.
+
+    Raises:
+      InputError: If the output exists, the checkpoints cannot share an artifact, or vocabulary or
+        token caches do not belong to them.
+    """
+    refuse_existing(out)
+    sources = open_sources(checkpoints, dtype=options.dtype, max_length=options.max_length)
+    vocabulary = artifact_vocabulary(sources[0], options.vocabulary)
+    for cache in options.caches.values():
+        scores.check_cache(cache, sources[0].config.max_length, vocabulary.hash)
+    return Prepared(sources, vocabulary, dict(options.caches))
 
 
 def artifact_vocabulary(source: Source, spec: str | None) -> Vocabulary:

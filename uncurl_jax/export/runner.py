@@ -19,8 +19,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +39,18 @@ DTYPES = {
     "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
 }
+# Of a reference; the other arrays of its file are outputs.
+INPUTS = ("inputs", "lengths", "tokens", "targets", "target_positions", "target_mask")
+
+PathLike = str | os.PathLike[str]
+Program = Callable[..., dict[str, Any]]
 
 
 class ArtifactError(ValueError):
     """An artifact or a request that breaks a rule; the message is one sentence."""
 
 
-def read_manifest(directory):
+def read_manifest(directory: PathLike) -> dict[str, Any]:
     """Returns the manifest of an artifact; ArtifactError if the directory holds none."""
     path = Path(directory) / MANIFEST
     try:
@@ -62,7 +70,7 @@ def read_manifest(directory):
     return manifest
 
 
-def sha256_of_file(path):
+def sha256_of_file(path: PathLike) -> str:
     """Returns the SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
@@ -71,7 +79,7 @@ def sha256_of_file(path):
     return digest.hexdigest()
 
 
-def check_files(directory, manifest):
+def check_files(directory: PathLike, manifest: Mapping[str, Any]) -> None:
     """Raises ArtifactError unless every file has the size and hash that the manifest says."""
     for name, entry in manifest["files"].items():
         path = Path(directory) / name
@@ -87,7 +95,7 @@ def check_files(directory, manifest):
             )
 
 
-def read_tensors(path):
+def read_tensors(path: PathLike) -> dict[str, np.ndarray]:
     """Returns {name: array} of a safetensors file, memory-mapped."""
     try:
         with Path(path).open("rb") as stream:
@@ -119,23 +127,23 @@ class Artifact:
       manifest: its manifest.json.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: PathLike):
         """Reads the manifest and maps the weights; nothing goes to a device yet."""
         self.directory = Path(directory)
         self.manifest = read_manifest(directory)
-        self._tensors = {}
+        self._tensors: dict[str, np.ndarray] = {}
         for name in self.manifest["files"]:
             if name.endswith(".safetensors"):
                 self._tensors |= read_tensors(self.directory / name)
-        self._arrays = {}
-        self._programs = {}
+        self._arrays: dict[str, jax.Array] = {}
+        self._programs: dict[str, Program] = {}
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The models' names, as the manifest orders them."""
         return list(self.manifest["models"])
 
-    def load(self, name):
+    def load(self, name: str) -> Model:
         """Returns a model, its weights on the default device."""
         if name not in self.manifest["models"]:
             raise ArtifactError(
@@ -148,7 +156,7 @@ class Artifact:
         bos_id = self.manifest["vocabulary"]["bos_id"]
         return Model(name, entry, self.manifest["max_length"], weights, programs, bos_id)
 
-    def _array(self, name):
+    def _array(self, name: str) -> jax.Array:
         if name not in self._arrays:
             if name not in self._tensors:
                 raise ArtifactError(
@@ -158,7 +166,7 @@ class Artifact:
             self._arrays[name] = jnp.asarray(self._tensors[name])
         return self._arrays[name]
 
-    def _program(self, kind, file):
+    def _program(self, kind: str, file: str) -> Program:
         if file not in self._programs:
             path = self.directory / file
             try:
@@ -193,14 +201,22 @@ class Model:
       weights: {parameter path: array on the device}.
     """
 
-    def __init__(self, name, entry, max_length, weights, programs, bos_id=0):
+    def __init__(
+        self,
+        name: str,
+        entry: Mapping[str, Any],
+        max_length: int,
+        weights: Mapping[str, Any],
+        programs: Mapping[str, Program],
+        bos_id: int | None = 0,
+    ):
         """Use `Artifact.load`."""
         self.name, self.entry, self.max_length = name, entry, max_length
         self.bos_id = bos_id
         self.weights = weights
         self.programs = programs
 
-    def prefill(self, inputs, lengths):
+    def prefill(self, inputs: Any, lengths: Any) -> dict[str, Any]:
         """Reads prompts into a new cache.
 
         Args:
@@ -213,7 +229,9 @@ class Model:
         inputs, lengths = self._checked(inputs, lengths)
         return self.programs["prefill"](self.weights, inputs, lengths)
 
-    def decode(self, cache, token, positions, is_running=None):
+    def decode(
+        self, cache: Any, token: Any, positions: Any, is_running: Any = None
+    ) -> dict[str, Any]:
         """Reads one more token of each row; the cache given is used up.
 
         Args:
@@ -240,7 +258,9 @@ class Model:
             )
         return self.programs["decode"](self.weights, cache, token, positions, is_running)
 
-    def score(self, inputs, lengths, targets, target_positions, target_mask):
+    def score(
+        self, inputs: Any, lengths: Any, targets: Any, target_positions: Any, target_mask: Any
+    ) -> dict[str, Any]:
         """Returns how likely targets are: with the options of a question, rank classification.
 
         Args:
@@ -263,7 +283,7 @@ class Model:
             np.asarray(target_mask, bool),
         )
 
-    def generate(self, prompts, max_new_tokens):
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continues prompts (lists of ids) greedily; returns lists of max_new_tokens ids."""
         longest = max(len(prompt) for prompt in prompts)
         if longest + max_new_tokens > self.max_length:
@@ -284,7 +304,7 @@ class Model:
             positions = positions + 1
         return np.stack(tokens, axis=1).tolist()
 
-    def _checked(self, inputs, lengths):
+    def _checked(self, inputs: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
         inputs, lengths = np.asarray(inputs, np.int32), np.asarray(lengths, np.int32)
         if inputs.ndim != 2 or lengths.shape != inputs.shape[:1] or not inputs.size:
             raise ArtifactError(
@@ -303,7 +323,7 @@ class Model:
         return inputs, lengths
 
 
-def run_reference(model, inputs):
+def run_reference(model: Model, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Runs all programs of a model on reference inputs; returns {name: array [b, ...]}."""
     result = model.prefill(inputs["inputs"], inputs["lengths"])
     is_real = np.arange(inputs["inputs"].shape[1]) < inputs["lengths"][:, None]
@@ -322,7 +342,9 @@ def run_reference(model, inputs):
     return {name: np.asarray(array) for name, array in outputs.items()}
 
 
-def compare(outputs, reference):
+def compare(
+    outputs: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]
+) -> dict[str, float]:
     """Compares outputs with the reference, over rows in which every token has the same experts.
 
     Rounding may turn a router's choice between two experts that it finds about equal, and then
@@ -346,12 +368,12 @@ def compare(outputs, reference):
     return {"difference": worst, "same_rows": float(is_same.mean())}
 
 
-def is_alike(comparison, tolerance):
+def is_alike(comparison: Mapping[str, float], tolerance: float) -> bool:
     """Whether outputs count as those of the reference."""
     return comparison["difference"] <= tolerance and comparison["same_rows"] >= 0.5
 
 
-def check(directory):
+def check(directory: PathLike) -> dict[str, dict[str, float]]:
     """Checks hashes and reference outputs of an artifact.
 
     Returns:
@@ -385,10 +407,7 @@ def check(directory):
     return results
 
 
-INPUTS = ("inputs", "lengths", "tokens", "targets", "target_positions", "target_mask")
-
-
-def main():
+def main() -> int:
     """Checks the artifact that this file lies in, or generates."""
     parser = argparse.ArgumentParser(description="Check an artifact, or continue a prompt.")
     parser.add_argument("--dir", default=Path(__file__).parent, help="default: where this file is")

@@ -22,18 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from uncurl_jax.artifacts import atomic_directory, refuse_existing, write_json
+from uncurl_jax.artifacts import atomic_directory, write_json
 from uncurl_jax.checkpoints import layout
 from uncurl_jax.config import ModelConfig
-from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.errors import InputError
 from uncurl_jax.export import runner, scores
 from uncurl_jax.export.manifest import (
-    artifact_vocabulary,
-    check_quantization,
+    ExportOptions,
+    Prepared,
     common_fields,
     files_of,
     model_entry,
+    prepare,
     shared_entry,
     summarize,
     write_reference,
@@ -41,7 +41,7 @@ from uncurl_jax.export.manifest import (
 )
 from uncurl_jax.export.programs import PLATFORMS, Weights, make_functions
 from uncurl_jax.export.reference import checkpoint_outputs, reference_inputs
-from uncurl_jax.export.sources import Progress, Source, open_sources, write_weights
+from uncurl_jax.export.sources import Source, write_weights
 from uncurl_jax.export.tensor_file import MemoryWriter
 
 SAVED_MODEL = "1"  # TensorFlow Serving takes the directories of a model for its versions.
@@ -59,15 +59,9 @@ _OUTPUTS = {
 def export_saved_model(
     checkpoints: Mapping[str, layout.PathLike],
     out: str | os.PathLike[str],
+    options: ExportOptions | None = None,
     *,
-    dtype: str | None = None,
-    max_length: int | None = None,
-    quantization: str | None = None,
     max_new_tokens: int = 16,
-    caches: Mapping[str, TokenCache] | None = None,
-    evaluate: scores.Evaluate | None = None,
-    vocabulary: str | None = None,
-    progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Writes OUT/1, a SavedModel of one or more models, with a manifest beside it.
 
@@ -77,14 +71,8 @@ def export_saved_model(
     Args:
       checkpoints: {name of the model: checkpoint}.
       out: directory to make.
-      dtype: compute dtype of the models when they are served; their own by default.
-      max_length: most tokens of a prompt and its continuation; the models' own by default.
-      quantization: "int8" for the kernels of experts, None for none.
+      options: of the export.
       max_new_tokens: that `generate` makes.
-      caches: {name of the model: token cache} to score the programs on.
-      evaluate: scores a model in memory, for the score before.
-      vocabulary: spec of the vocabulary, if its files have moved.
-      progress: called with what has been done.
 
     Returns:
       A JSON-compatible summary, as `export_stablehlo`.
@@ -93,71 +81,76 @@ def export_saved_model(
       InputError: As `export_stablehlo`, or if TensorFlow is not installed.
       RuntimeError: If TensorFlow does not reproduce the checkpoints.
     """
-    refuse_existing(out)
-    check_quantization(quantization)
+    options = options or ExportOptions()
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(
             "A SavedModel is written with TensorFlow, which is not installed: pip install "
             "tensorflow-cpu, or take --format stablehlo, which needs none."
         )
-    sources = open_sources(checkpoints, dtype=dtype, max_length=max_length)
-    loaded = artifact_vocabulary(sources[0], vocabulary)
-    longest = sources[0].config.max_length
+    prepared = prepare(checkpoints, out, options)
+    longest = prepared.sources[0].config.max_length
     if not 1 <= max_new_tokens < longest:
         raise InputError(
             f"max_new_tokens must be at least 1 and below max_length={longest}, got "
             f"{max_new_tokens}."
         )
-    caches = dict(caches or {})
-    for cache in caches.values():
-        scores.check_cache(cache, sources[0].config.max_length, loaded.hash)
     with atomic_directory(out) as directory:
-        writer = MemoryWriter()
-        weights = write_weights(sources, writer, quantization=quantization, progress=progress)
-        arrays = {name: jnp.asarray(array) for name, array in writer.arrays.items()}
-        entries: dict[str, Any] = {}
-        programs: dict[str, dict[str, export.Exported]] = {}
-        for source in sources:
-            config = dataclasses.replace(source.config, num_experts=weights.pools, expert_map=None)
-            functions = serving_functions(config, max_new_tokens, loaded.eos_id)
-            own = {path: arrays[name] for path, name in weights.tensors[source.name].items()}
-            programs[source.name] = export_serving(functions, own, config)
-            prefix = f"{source.name}_" if len(sources) > 1 else ""
-            entry = entries[source.name] = {
-                **model_entry(source),
-                **shared_entry(source, weights),
-                "signatures": {kind: f"{prefix}{kind}" for kind in functions},
-            }
-            progress(f"programs of {source.name}")
-            run = {kind: jax.jit(e.call) for kind, e in programs[source.name].items()}
-            _add_results(source, entry, own, run, directory, loaded.size, quantization)
-            if source.name in caches:
-                model = runner.Model(source.name, entry, config.max_length, own, run)
-                cache = caches[source.name]
-                measure = functools.partial(scores.rank_score, model, cache)
-                entry |= scores.described(source, cache, measure, evaluate)
-        _save(directory / SAVED_MODEL, writer.arrays, entries, programs)
-        progress("SavedModel")
-        from uncurl_jax.export import saved_model_runner
+        manifest = _write(directory, prepared, options, max_new_tokens)
+    return summarize(out, prepared.sources, manifest)
 
-        shutil.copyfile(Path(saved_model_runner.__file__), directory / _RUN_FILE)
-        manifest = {
-            "schema": runner.SCHEMA,
-            "format": "saved_model",
-            "saved_model": SAVED_MODEL,
-            "models": entries,
-            "vocabulary": write_vocabulary(loaded, directory),
-            **common_fields(sources, quantization),
-            "max_new_tokens": max_new_tokens,
-            "saved_by_sharing_bytes": weights.num_shared_bytes,
-            "files": files_of(directory),
+
+def _write(
+    directory: Path, prepared: Prepared, options: ExportOptions, max_new_tokens: int
+) -> dict[str, Any]:
+    """Writes everything into a directory and tries it there; returns the manifest."""
+    from uncurl_jax.export import saved_model_runner
+
+    sources, vocabulary, caches = prepared
+    quantization, progress = options.quantization, options.progress
+    writer = MemoryWriter()
+    weights = write_weights(sources, writer, quantization=quantization, progress=progress)
+    arrays = {name: jnp.asarray(array) for name, array in writer.arrays.items()}
+    entries: dict[str, Any] = {}
+    programs: dict[str, dict[str, export.Exported]] = {}
+    for source in sources:
+        config = dataclasses.replace(source.config, num_experts=weights.pools, expert_map=None)
+        functions = serving_functions(config, max_new_tokens, vocabulary.eos_id)
+        own = {path: arrays[name] for path, name in weights.tensors[source.name].items()}
+        programs[source.name] = export_serving(functions, own, config)
+        prefix = f"{source.name}_" if len(sources) > 1 else ""
+        entry = entries[source.name] = {
+            **model_entry(source),
+            **shared_entry(source, weights),
+            "signatures": {kind: f"{prefix}{kind}" for kind in functions},
         }
-        write_json(directory / runner.MANIFEST, manifest)
-        try:
-            saved_model_runner.check(directory)
-        except ValueError as error:
-            raise RuntimeError(str(error)) from None
-    return summarize(out, sources, manifest)
+        progress(f"programs of {source.name}")
+        run = {kind: jax.jit(e.call) for kind, e in programs[source.name].items()}
+        _add_results(source, entry, own, run, directory, vocabulary.size, quantization)
+        if source.name in caches:
+            cache = caches[source.name]
+            model = runner.Model(source.name, entry, config.max_length, own, run)
+            measure = functools.partial(scores.rank_score, model, cache)
+            entry |= scores.described(source, cache, measure, options.evaluate)
+    _save(directory / SAVED_MODEL, writer.arrays, entries, programs)
+    progress("SavedModel")
+    shutil.copyfile(Path(saved_model_runner.__file__), directory / _RUN_FILE)
+    manifest = {
+        "schema": runner.SCHEMA,
+        "format": "saved_model",
+        "saved_model": SAVED_MODEL,
+        "models": entries,
+        "vocabulary": write_vocabulary(vocabulary, directory),
+        **common_fields(sources, quantization),
+        "max_new_tokens": max_new_tokens,
+        "saved_by_sharing_bytes": weights.num_shared_bytes,
+        "files": files_of(directory),
+    }
+    write_json(directory / runner.MANIFEST, manifest)
+    try:
+        saved_model_runner.check(directory)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
+    return manifest
 
 
 def serving_functions(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import tensorflow as tf
 SCORE = ("inputs", "lengths", "targets", "target_positions", "target_mask")
 
 
-def check(directory):
+def check(directory: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     """Compares all models' signatures with the reference; ValueError if one differs.
 
     Returns:
@@ -60,7 +61,7 @@ def check(directory):
     return results
 
 
-def main():
+def main() -> int:
     """Checks the artifact that this file lies in."""
     parser = argparse.ArgumentParser(description="Check a SavedModel artifact.")
     parser.add_argument("--dir", default=Path(__file__).parent, help="default: where this file is")

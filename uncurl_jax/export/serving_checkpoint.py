@@ -6,23 +6,24 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from uncurl_jax.artifacts import atomic_directory, refuse_existing, write_json
+from uncurl_jax.artifacts import atomic_directory, write_json
 from uncurl_jax.checkpoints import layout, serving
 from uncurl_jax.checkpoints.parameters import is_expert_array
-from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.errors import InputError
 from uncurl_jax.export import runner, scores
 from uncurl_jax.export.manifest import (
-    artifact_vocabulary,
-    check_quantization,
+    ExportOptions,
+    Prepared,
     common_fields,
     files_of,
     model_entry,
+    prepare,
     summarize,
     write_reference,
     write_vocabulary,
@@ -40,7 +41,6 @@ from uncurl_jax.export.sources import (
     POSITIONS,
     Progress,
     Source,
-    open_sources,
     read_parameter,
     stored_dtype,
 )
@@ -53,14 +53,7 @@ def export_orbax(
     checkpoints: Mapping[str, layout.PathLike],
     out: str | os.PathLike[str],
     serving_config: ServingConfig,
-    *,
-    dtype: str | None = "bfloat16",
-    max_length: int | None = None,
-    quantization: str | None = None,
-    caches: Mapping[str, TokenCache] | None = None,
-    evaluate: scores.Evaluate | None = None,
-    vocabulary: str | None = None,
-    progress: Progress = lambda _: None,
+    options: ExportOptions | None = None,
 ) -> dict[str, Any]:
     """Writes OUT/params/state, which Orbax restores array by array, and a manifest beside it.
 
@@ -68,13 +61,8 @@ def export_orbax(
       checkpoints: {name of the model: checkpoint}, one alone.
       out: directory to make.
       serving_config: the mesh, and what is done to layers that it does not divide.
-      dtype: of the parameters, but for routers and norms, which are float32.
-      max_length: most tokens of a prompt and its continuation; the model's own by default.
-      quantization: "int8" for the kernels of experts, None for none.
-      caches: {name of the model: token cache} to score the parameters on.
-      evaluate: scores a model in memory.
-      vocabulary: spec of the vocabulary, if its files have moved.
-      progress: called with what has been done.
+      options: of the export; arrays have its dtype, by default bfloat16, but for routers and
+        norms, which are float32.
 
     Returns:
       A JSON-compatible summary, as `export_stablehlo`, and "layers".
@@ -83,69 +71,70 @@ def export_orbax(
       InputError: As `export_stablehlo`, or if there is more than one checkpoint.
       RuntimeError: If another process, on the mesh, does not reproduce the checkpoint.
     """
-    refuse_existing(out)
-    check_quantization(quantization)
+    options = options or ExportOptions()
+    options = dataclasses.replace(options, dtype=options.dtype or "bfloat16")
     if len(checkpoints) != 1:
         raise InputError(
             f"--format orbax takes one checkpoint, got {len(checkpoints)}: export them apart, or "
             "take --format stablehlo, where models share experts."
         )
-    (source,) = open_sources(checkpoints, dtype=dtype, max_length=max_length)
-    config = source.config
-    loaded = artifact_vocabulary(source, vocabulary)
-    cache = (caches or {}).get(source.name)
-    if cache is not None:
-        scores.check_cache(cache, config.max_length, loaded.hash)
+    prepared = prepare(checkpoints, out, options)
+    serving_config.check_model(prepared.sources[0].config.num_experts)
+    with atomic_directory(out) as directory:
+        manifest = _write(directory, prepared, options, serving_config)
+        run_check(directory, manifest)
+    summary = summarize(out, prepared.sources, manifest)
+    return {**summary, "layers": manifest["serving"]["layers"]}
+
+
+def _write(
+    directory: Path, prepared: Prepared, options: ExportOptions, serving_config: ServingConfig
+) -> dict[str, Any]:
+    """Writes everything into a directory; returns the manifest."""
+    (source,), vocabulary, caches = prepared
+    config, quantization = source.config, options.quantization
     layouts = {
         layer: serving_config.layout(layer, config.num_experts[layer])
         for layer in config.moe_layers
     }
-    with atomic_directory(out) as directory:
-        shapes = _shapes(source, layouts, quantization)
-        pieces = _pieces(source, layouts, quantization, progress)
-        folder = serving.write_arrays(directory, shapes, pieces)
-        params = served_params(source, quantization)
-        entry = model_entry(source)
-        inputs = reference_inputs(config, loaded.size)
-        # In float32, where a mesh and one device agree closely: what is compared is the arrays.
-        wide = dataclasses.replace(source, config=dataclasses.replace(config, dtype="float32"))
-        expected = checkpoint_outputs(wide, inputs)
-        outputs = checkpoint_outputs(wide, inputs, params)
-        entry["against_checkpoint"] = runner.compare(outputs, expected)
-        write_reference(directory / entry["reference"], inputs, outputs)
-        progress("reference")
-        if cache is not None and evaluate is not None:
-            model = scores.in_memory(source, params)
-            measure = functools.partial(evaluate, model, cache)
-            entry |= scores.described(source, cache, measure, evaluate)
-            progress("score")
-        manifest = {
-            "schema": runner.SCHEMA,
-            "format": "orbax",
-            "params": folder,
-            "models": {source.name: entry},
-            "vocabulary": write_vocabulary(loaded, directory),
-            **common_fields([source], quantization),
-            "tolerance": TOLERANCES["float32"],
-            "serving": {
-                "config": serving_config.name,
-                "mesh": dict(zip(("data", "expert", "model"), serving_config.mesh, strict=True)),
-                "num_devices": serving_config.num_devices,
-                "layers": {f"layers_{n}": layout.to_dict() for n, layout in layouts.items()},
-                "expert_map": _expert_maps(source, layouts),
-            },
-            "arrays": {
-                name: {"shape": list(shape), "dtype": kind.name}
-                for name, (shape, kind) in shapes.items()
-            },
-            "files": files_of(directory),
-        }
-        write_json(directory / runner.MANIFEST, manifest)
-        run_check(directory, manifest)
-    return {
-        **summarize(out, [source], manifest),
-        "layers": manifest["serving"]["layers"],
+    shapes = _shapes(source, layouts, quantization)
+    pieces = _pieces(source, layouts, quantization, options.progress)
+    folder = serving.write_arrays(directory, shapes, pieces)
+    params = served_params(source, quantization)
+    entry = model_entry(source)
+    inputs = reference_inputs(config, vocabulary.size)
+    # In float32, where a mesh and one device agree closely: what is compared is the arrays.
+    wide = dataclasses.replace(source, config=dataclasses.replace(config, dtype="float32"))
+    outputs = checkpoint_outputs(wide, inputs, params)
+    entry["against_checkpoint"] = runner.compare(outputs, checkpoint_outputs(wide, inputs))
+    write_reference(directory / entry["reference"], inputs, outputs)
+    options.progress("reference")
+    if source.name in caches and options.evaluate is not None:
+        cache, model = caches[source.name], scores.in_memory(source, params)
+        measure = functools.partial(options.evaluate, model, cache)
+        entry |= scores.described(source, cache, measure, options.evaluate)
+        options.progress("score")
+    manifest = {
+        "schema": runner.SCHEMA,
+        "format": "orbax",
+        "params": folder,
+        "models": {source.name: entry},
+        "vocabulary": write_vocabulary(vocabulary, directory),
+        **common_fields([source], quantization),
+        "tolerance": TOLERANCES["float32"],
+        "serving": {
+            **serving_config.to_dict(),
+            "layers": {f"layers_{n}": layout.to_dict() for n, layout in layouts.items()},
+            "expert_map": _expert_maps(source, layouts),
+        },
+        "arrays": {
+            name: {"shape": list(shape), "dtype": kind.name}
+            for name, (shape, kind) in shapes.items()
+        },
+        "files": files_of(directory),
     }
+    write_json(directory / runner.MANIFEST, manifest)
+    return manifest
 
 
 def _layer_of(name: str) -> int:

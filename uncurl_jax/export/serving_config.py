@@ -9,12 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from uncurl_jax.artifacts import read_json
 from uncurl_jax.errors import InputError
-from uncurl_jax.partitioning import MESH_AXES
+from uncurl_jax.partitioning import (
+    MESH_AXES,
+    ExpertAxes,
+    check_expert_axes,
+    layer_expert_axes,
+)
 
 SCHEMA = "uncurl_jax serving 1"
 AUTO, PAD, REPLICATE = "auto", "pad", "replicate"
@@ -32,12 +38,29 @@ class ServingConfig:
         experts of zeros that no router can choose; "replicate" stores each expert so often that
         it does; "auto" replicates where that gives each device one expert, else pads.
       layers: the same for single layers, by index.
+      expert_axes: mesh axes that divide each layer's experts, as a placement chooses them; None is
+        the expert axis everywhere. A layer that none divides is stored as it is.
     """
 
     name: str
     mesh: tuple[int, int, int]
     experts: str = AUTO
     layers: tuple[tuple[int, str], ...] = ()
+    expert_axes: ExpertAxes | None = None
+
+    def check_model(self, num_experts: Sequence[int]) -> None:
+        """Checks that the layers with settings of their own are layers of the model with experts.
+
+        Raises:
+          InputError: If not.
+        """
+        check_expert_axes(self.expert_axes, len(num_experts))
+        wrong = [n for n, _ in self.layers if n >= len(num_experts) or not num_experts[n]]
+        if wrong:
+            raise InputError(
+                f"layers of a serving configuration must have experts, got {wrong} in {self.name} "
+                f"for a model with num_experts {list(num_experts)}: correct the file."
+            )
 
     @property
     def num_devices(self) -> int:
@@ -46,7 +69,8 @@ class ServingConfig:
 
     def layout(self, layer: int, num_experts: int) -> LayerLayout:
         """Returns how a layer's experts are stored."""
-        size = self.mesh[MESH_AXES.index("expert")]
+        axes = layer_expert_axes(self.expert_axes, layer)
+        size = math.prod(self.mesh[MESH_AXES.index(axis)] for axis in axes)
         treatment = dict(self.layers).get(layer, self.experts)
         if treatment == AUTO:
             treatment = PAD if size % num_experts else REPLICATE
@@ -55,6 +79,15 @@ class ServingConfig:
         if treatment == REPLICATE:
             return LayerLayout(num_experts, size // math.gcd(size, num_experts), 0)
         return LayerLayout(num_experts, 1, -num_experts % size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what the manifest says of it."""
+        return {
+            "config": self.name,
+            "mesh": dict(zip(MESH_AXES, self.mesh, strict=True)),
+            "num_devices": self.num_devices,
+            "expert_axes": self.expert_axes and [list(axes) for axes in self.expert_axes],
+        }
 
 
 @dataclasses.dataclass(frozen=True)

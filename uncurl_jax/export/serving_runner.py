@@ -26,7 +26,7 @@ from uncurl_jax.export.programs import SCALE_SUFFIX
 from uncurl_jax.export.reference import forward_outputs
 from uncurl_jax.models.architecture import logical_axes
 from uncurl_jax.models.decoder import Decoder
-from uncurl_jax.partitioning import make_mesh, parameter_spec
+from uncurl_jax.partitioning import ExpertAxes, layer_expert_axes, make_mesh, parameter_spec
 
 
 def check(directory: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
@@ -57,7 +57,8 @@ def check(directory: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
         key.removeprefix("out/"): array for key, array in stored.items() if key.startswith("out/")
     }
     # As the reference: from the stored arrays, computed in float32.
-    decoder = Decoder(dataclasses.replace(config, dtype="float32"), mesh)
+    wide = dataclasses.replace(config, dtype="float32")
+    decoder = Decoder(wide, mesh, expert_axes=_expert_axes(manifest))
     outputs = forward_outputs(decoder, variables, inputs)
     found = runner.compare(outputs, reference)
     tolerance = manifest["tolerance"]["same_platform"]
@@ -84,7 +85,7 @@ def load_variables(
     directory: Path, manifest: dict[str, Any], config: ModelConfig, mesh: Mesh
 ) -> dict[str, Any]:
     """Restores the arrays, divided over the mesh, and returns the module's collections."""
-    names = logical_axes(config)
+    names, expert_axes = logical_axes(config), _expert_axes(manifest)
     abstract = {}
     for path, entry in manifest["arrays"].items():
         # A scale lies as the bias of the same channels would.
@@ -92,7 +93,10 @@ def load_variables(
         if path.endswith(SCALE_SUFFIX):
             axes = (axes[0], axes[2])
         shape = tuple(entry["shape"])
-        sharding = NamedSharding(mesh, parameter_spec(axes, shape, mesh))
+        top = path.split("/")[0]
+        layer = int(top.removeprefix("layers_")) if top.startswith("layers_") else 0
+        over = layer_expert_axes(expert_axes, layer)
+        sharding = NamedSharding(mesh, parameter_spec(axes, shape, mesh, over))
         abstract[path] = jax.ShapeDtypeStruct(shape, jnp.dtype(entry["dtype"]), sharding=sharding)
     params = restore_arrays(directory / manifest["params"], abstract)
     maps = {
@@ -100,6 +104,11 @@ def load_variables(
         for layer, row in manifest["serving"]["expert_map"].items()
     }
     return {"params": _dequantized(params, config), "expert_maps": maps}
+
+
+def _expert_axes(manifest: dict[str, Any]) -> ExpertAxes | None:
+    axes = manifest["serving"]["expert_axes"]
+    return axes and tuple(tuple(layer) for layer in axes)
 
 
 def _axes_of(names: Any, path: str) -> tuple[Any, ...]:

@@ -12,16 +12,15 @@ from typing import Any
 
 import jax
 
-from uncurl_jax.artifacts import atomic_directory, refuse_existing, write_json
+from uncurl_jax.artifacts import atomic_directory, write_json
 from uncurl_jax.checkpoints import layout
-from uncurl_jax.data.token_cache import TokenCache
 from uncurl_jax.export import runner, scores
 from uncurl_jax.export.manifest import (
-    artifact_vocabulary,
-    check_quantization,
+    ExportOptions,
     common_fields,
     files_of,
     model_entry,
+    prepare,
     shared_entry,
     summarize,
     write_reference,
@@ -29,13 +28,7 @@ from uncurl_jax.export.manifest import (
 )
 from uncurl_jax.export.programs import PLATFORMS, export_programs
 from uncurl_jax.export.reference import TOLERANCES, checkpoint_outputs, reference_inputs
-from uncurl_jax.export.sources import (
-    Progress,
-    SharedWeights,
-    Source,
-    open_sources,
-    write_weights,
-)
+from uncurl_jax.export.sources import Progress, SharedWeights, Source, write_weights
 from uncurl_jax.export.tensor_file import TensorWriter
 
 RUN_FILE = "run.py"
@@ -44,43 +37,26 @@ RUN_FILE = "run.py"
 def export_stablehlo(
     checkpoints: Mapping[str, layout.PathLike],
     out: str | os.PathLike[str],
-    *,
-    dtype: str | None = None,
-    max_length: int | None = None,
-    quantization: str | None = None,
-    caches: Mapping[str, TokenCache] | None = None,
-    evaluate: scores.Evaluate | None = None,
-    vocabulary: str | None = None,
-    progress: Progress = lambda _: None,
+    options: ExportOptions | None = None,
 ) -> dict[str, Any]:
     """Writes one artifact of one or more models; `runner` and docs/serving.md describe it.
 
     Args:
       checkpoints: {name of the model: checkpoint}.
       out: directory to make.
-      dtype: compute dtype of the models when they are served; their own by default.
-      max_length: most tokens of a prompt and its continuation; the models' own by default.
-      quantization: "int8" for the kernels of experts, None for none.
-      caches: {name of the model: token cache} to score the artifact on.
-      evaluate: scores a model in memory, for the score before.
-      vocabulary: spec of the vocabulary, if its files have moved.
-      progress: called with what has been done.
+      options: of the export.
 
     Returns:
-      A JSON-compatible summary: "out", "bytes", "checkpoint_bytes", "models".
+      A JSON-compatible summary: "out", "format", "bytes", "checkpoint_bytes" {"parameters",
+      "on_disk"}, "saved_by_sharing_bytes", and of "models" task, difference and scores.
 
     Raises:
-      InputError: If the output exists, the checkpoints cannot share an artifact, a parameter is
-        not finite, or the vocabulary's files are not there.
+      InputError: As `manifest.prepare`, or if a parameter is not finite.
       RuntimeError: If the programs do not reproduce the checkpoints.
     """
-    refuse_existing(out)
-    check_quantization(quantization)
-    sources = open_sources(checkpoints, dtype=dtype, max_length=max_length)
-    caches = dict(caches or {})
-    loaded = artifact_vocabulary(sources[0], vocabulary)
-    for cache in caches.values():
-        scores.check_cache(cache, sources[0].config.max_length, loaded.hash)
+    options = options or ExportOptions()
+    sources, vocabulary, caches = prepare(checkpoints, out, options)
+    progress, quantization = options.progress, options.quantization
     with atomic_directory(out) as directory:
         writer = TensorWriter(directory / "weights")
         weights = write_weights(sources, writer, quantization=quantization, progress=progress)
@@ -98,7 +74,7 @@ def export_stablehlo(
             "schema": runner.SCHEMA,
             "format": "stablehlo",
             "models": entries,
-            "vocabulary": write_vocabulary(loaded, directory),
+            "vocabulary": write_vocabulary(vocabulary, directory),
             **common_fields(sources, quantization),
             "platforms": list(PLATFORMS),
             "saved_by_sharing_bytes": weights.num_shared_bytes,
@@ -108,16 +84,15 @@ def export_stablehlo(
         write_json(directory / runner.MANIFEST, manifest)
         artifact = runner.Artifact(directory)
         for source in sources:
-            entry = entries[source.name]
-            model = artifact.load(source.name)
-            entry["against_checkpoint"] = _write_reference(
-                source, model, directory / entry["reference"], loaded.size, quantization
-            )
+            entry, model = entries[source.name], artifact.load(source.name)
+            path = directory / entry["reference"]
+            found = _write_reference(source, model, path, vocabulary.size, quantization)
+            entry["against_checkpoint"] = found
             progress(f"reference of {source.name}")
             if source.name in caches:
                 cache = caches[source.name]
                 measure = functools.partial(scores.rank_score, model, cache)
-                entry |= scores.described(source, cache, measure, evaluate)
+                entry |= scores.described(source, cache, measure, options.evaluate)
                 progress(f"score of {source.name}")
         manifest["files"] = files_of(directory)
         write_json(directory / runner.MANIFEST, manifest)
