@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -60,6 +61,11 @@ def token_cache_task(
         )
     path = Path(directory)
     if not path.exists() and data_dir is not None:
+        if jax.process_count() > 1:
+            raise InputError(
+                f"A token cache is built by one process, got {jax.process_count()} and no {path}: "
+                "run uncurl cache first."
+            )
         build(out=path, data_dir=data_dir)
     return _register(_open_splits(path))
 
