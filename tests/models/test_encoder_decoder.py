@@ -348,6 +348,8 @@ def test_eight_devices_equal_one(factor: float | None):
         num_experts=(3, 0, 5),
         num_encoder_layers=1,
         max_length=16,
+        # Random scores that nothing divides are so large that rounding shows.
+        attention_scale=None,
         capacity_factor=factor,
         min_capacity=1,
     )
@@ -387,3 +389,21 @@ def test_sequences_beyond_the_longest_are_refused(which: str):
     given[which] = np.zeros((1, 25), np.int32)
     with pytest.raises(ValueError, match="longer than max_length=24, got 25"):
         architecture.build(RELU).init(jax.random.key(0), **given)  # pyright: ignore[reportArgumentType]
+
+
+def test_bfloat16_is_close_to_float32():
+    # Without experts: rounding may change the choice between two of them.
+    config = dataclasses.replace(
+        RELU, num_experts=(0, 0, 0), num_encoder_layers=1, attention_scale=None
+    )
+    params, given = params_of(config), arguments_of(config)
+
+    def logits(dtype: str) -> np.ndarray:
+        model = architecture.build(dataclasses.replace(config, dtype=dtype))
+        apply = jax.jit(lambda params: model.apply({"params": params}, **given))  # pyright: ignore[reportArgumentType]
+        return np.asarray(apply(params))[given["mask"]]
+
+    exact, rounded = logits("float32"), logits("bfloat16")
+    assert rounded.dtype == np.float32
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 2e-2
