@@ -37,6 +37,10 @@ JOB = {
     "evaluate named": "evaluate --checkpoint hf:small --task cb --data_dir data --out named.json",
     "generate": "evaluate --checkpoint hf:small --task cache --mode generate --max_new_tokens 3 "
     "--out generated.json",
+    "compare": "compare hf:hf hf:small --task cache --out compare.json",
+    "distill": "train --gin_file finetune.gin --checkpoint hf:small --teacher hf:hf "
+    "--gin.config.TrainConfig.distillation=@config.DistillationConfig() "
+    "--cache cache/train --out distilled",
     "import": "import --from_hf small --max_length 48 --out imported",
     "finetune": "train --gin_file finetune.gin --checkpoint imported --cache cache/train "
     "--out tuned",
@@ -112,6 +116,14 @@ def test_rows_are_what_the_tokenizer_makes_of_them(job):
     manifest = json.loads((root / "cache" / "train" / "manifest.json").read_text())
     assert manifest["bos_id"] is None
     assert done["evaluate"].result["metrics"] == done["evaluate named"].result["metrics"]
+
+
+def test_training_on_a_directory_itself_lets_its_tokenizer_follow_too(job):
+    root, done = job
+    assert done["compare"].result["num_examples"] == 6
+    tokenizer = root / "distilled" / "huggingface" / "tokenizer.json"
+    assert tokenizer.read_bytes() == (root / "hf" / "tokenizer.json").read_bytes()
+    assert resolve(root / "distilled").provenance()["teacher"]["path"] == f"hf:{root / 'hf'}"
 
 
 def test_a_finetuned_model_goes_back_with_its_tokenizer_in_the_dtype_asked_for(job):

@@ -91,6 +91,7 @@ def test_layers_without_experts_are_where_transformers_has_them(fields, counts, 
 
 REFUSED = [
     ("mixtral", {"sliding_window": 32}, "sliding_window must be null or at least .* 64, got 32"),
+    ("mixtral", {"sliding_window": "all"}, "sliding_window must be a positive integer"),
     ("mixtral", {"rope_scaling": {"type": "yarn"}}, "rope_scaling must be of type default"),
     (
         "mixtral",

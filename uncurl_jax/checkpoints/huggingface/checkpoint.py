@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -75,6 +76,11 @@ class HuggingFaceCheckpoint(layout.CheckpointPath):
         Raises:
           InputError: If the tokenizer has more ids than the model, or is damaged.
         """
+        return dict(self._vocabulary)
+
+    # Reading a tokenizer of 150,000 pieces takes a second.
+    @functools.cached_property
+    def _vocabulary(self) -> dict[str, Any]:
         size = self.hf_config.integer("vocab_size")
         if not (self.directory / TOKENIZER_FILE).exists():
             return {"name": f"no {TOKENIZER_FILE}", "spec": "", "size": size, "hash": _NO_TOKENIZER}

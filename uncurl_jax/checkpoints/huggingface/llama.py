@@ -73,8 +73,10 @@ def rotary_base(config: HfConfig, default: float) -> float:
 
 def check_window(config: HfConfig, name: str, length: int) -> None:
     """Refuses attention that sees less than the whole sequence."""
-    window = config.get(name)
-    if window is not None and (type(window) is not int or window < length):
+    if config.get(name) is None:
+        return
+    window = config.integer(name)
+    if window < length:
         raise config.refuse(
             name,
             f"null or at least the sequence length {length}",
