@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 
 from uncurl_jax import artifacts
 from uncurl_jax.experiments.reporting import report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FIGURES = (
     *("score-mean", "score-rte", "score-cb", "sizes", "dropped", "curves", "costs"),
     *("loss-memory-of-the-parameters", "loss-bytes-on-the-wire-per-token"),
@@ -34,25 +30,6 @@ _OUTSIDE = """() => [...document.querySelectorAll('main *')].filter(node => {
 }).map(node => node.outerHTML.slice(0, 80))"""
 _CUT = """() => [...document.querySelectorAll('.scroll, .plot')].filter(
   node => node.scrollWidth > node.clientWidth + 1).map(node => node.outerHTML.slice(0, 80))"""
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Chromium: of the variable CHROMIUM, else on the PATH, else Playwright's own."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    named = os.environ.get("CHROMIUM")
-    found = named or next(filter(None, map(shutil.which, BROWSERS)), None)
-    with playwright.sync_playwright() as driver:
-        if found is None and not Path(driver.chromium.executable_path).exists():
-            pytest.skip(
-                "no Chromium: set CHROMIUM, install one, or run `playwright install chromium`"
-            )
-        # Root cannot have the sandbox, and containers have little shared memory.
-        started = driver.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="session")

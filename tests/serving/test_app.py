@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import io
+import itertools
 import json
 import threading
 
@@ -198,6 +199,13 @@ def test_experts_are_what_the_routers_of_the_checkpoint_chose(serving, base):
         np.testing.assert_array_equal(traced["experts"], chosen[0])
         np.testing.assert_allclose(traced["gates"], gates[0], atol=1e-4)
     assert {expert for traced in second["layers"] for [expert] in traced["experts"]} <= {0, 1}
+    # Each expert of the unpruned model went into one of the two.
+    for traced in second["layers"]:
+        assert (
+            sorted(itertools.chain(*traced["members"])) == [0, 1, 2, 3]
+            and len(traced["members"]) == 2
+        )
+    assert first["layers"][0]["members"] is None
 
 
 def test_models_are_listed_with_what_sharing_saves(serving, artifact):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -18,17 +17,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from uncurl_jax.errors import InputError
+from uncurl_jax.serving import answers
 from uncurl_jax.serving import requests as bodies
 from uncurl_jax.serving.batcher import Job, QueueFullError, ShuttingDownError
 from uncurl_jax.serving.continuation import Continuation
-from uncurl_jax.serving.drift import Divergence
-from uncurl_jax.serving.execution import TokenChoices
+from uncurl_jax.serving.guard import Guard, error_json, error_response
 from uncurl_jax.serving.page import load_page
 from uncurl_jax.serving.requests import RequestError
-from uncurl_jax.serving.routing_sums import layer_number
 from uncurl_jax.serving.service import READY, STARTING, Service
-from uncurl_jax.serving.settings import LOOPBACK
-from uncurl_jax.serving.traffic import StreamDrift
 from uncurl_jax.serving.worker import Completion, Ranking, Trace
 
 _log = logging.getLogger(__name__)
@@ -64,44 +60,7 @@ def make_app(service: Service, *, host: str) -> Any:
     )
     app.state.service = service
     app.state.page = load_page()
-    return _Guard(app, is_loopback=host in LOOPBACK)
-
-
-class _Guard:
-    """Adds headers to every answer, and refuses other hosts' names on loopback."""
-
-    def __init__(self, app: Any, *, is_loopback: bool):
-        self._app = app
-        self._is_loopback = is_loopback
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"no-referrer"),
-                    (b"cross-origin-resource-policy", b"same-origin"),
-                ]
-            await send(message)
-
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        if self._is_loopback and _name_of(host) not in LOOPBACK:
-            error = RequestError(400, f"Host must be {' or '.join(LOOPBACK)}, got {host!r}.")
-            await _error_response(error)(scope, receive, send_with_headers)
-            return
-        await self._app(scope, receive, send_with_headers)
-
-
-def _name_of(host: str) -> str:
-    """Returns "::1" for "[::1]:8000", "localhost" for "localhost:8000"."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+    return Guard(app, host=host)
 
 
 def _measured(path: str, handler: Handler) -> Handler:
@@ -113,12 +72,12 @@ def _measured(path: str, handler: Handler) -> Handler:
         try:
             response = await handler(request)
         except RequestError as error:
-            response = _error_response(error)
+            response = error_response(error)
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception as error:
             _log.exception("%s failed", path)
-            response = _error_response(_unexpected(error))
+            response = error_response(_unexpected(error))
         service.metrics.requests.labels(path, str(response.status_code)).inc()
         service.metrics.seconds.labels(path).observe(time.perf_counter() - started)
         return response
@@ -131,21 +90,13 @@ def _unexpected(error: BaseException) -> RequestError:
     return RequestError(500, f"The server failed on this request: {reason}", "server_error")
 
 
-def _error_json(error: RequestError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "type": error.kind}}
-
-
-def _error_response(error: RequestError) -> JSONResponse:
-    return JSONResponse(_error_json(error), error.status, error.headers)
-
-
 async def _http_error(request: Request, error: Any) -> Response:
     messages = {
         404: f"There is nothing at {request.url.path}.",
         405: f"{request.url.path} does not take {request.method}.",
     }
     message = messages.get(error.status_code, str(error.detail))
-    return _error_response(RequestError(error.status_code, message, headers=error.headers))
+    return error_response(RequestError(error.status_code, message, headers=error.headers))
 
 
 async def _read_object(request: Request) -> dict[str, Any]:
@@ -201,24 +152,7 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _models(request: Request) -> Response:
-    artifact = request.app.state.service.artifact
-    data = [
-        {
-            "id": model.name,
-            "object": "model",
-            "owned_by": "uncurl_jax",
-            "task": model.task,
-            "num_experts": list(model.config.num_experts),
-            "top_k": model.config.num_selected_experts,
-            "max_length": artifact.max_length,
-            "options": None if model.options is None else list(model.options),
-            "example": model.example,
-            "checkpoint": model.checkpoint,
-        }
-        for model in artifact.models.values()
-    ]
-    memory = {"bytes": artifact.bytes_in_memory, "bytes_if_apart": artifact.bytes_apart}
-    return JSONResponse({"object": "list", "data": data, "memory": memory})
+    return JSONResponse(answers.models_json(request.app.state.service.artifact))
 
 
 async def _result(service: Service, job: Job) -> Any:
@@ -287,23 +221,12 @@ async def _completions(request: Request) -> Response:
         )
     await _result(service, job)
     service.served(wanted.model.name, wanted.rows)
-    choices = [_choice(number, row.text, row) for number, row in enumerate(wanted.rows)]
-    return JSONResponse({**head, "choices": choices, "usage": _usage(service, wanted.rows)})
-
-
-def _choice(number: int, text: str, row: Continuation) -> dict[str, Any]:
-    return {"index": number, "text": text, "logprobs": None, "finish_reason": row.finish_reason}
-
-
-def _usage(service: Service, rows: list[Continuation]) -> dict[str, int]:
-    prefix = len(service.artifact.prefix)
-    prompt = sum(len(row.prompt) - prefix for row in rows)
-    made = sum(len(row.generated) for row in rows)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": made,
-        "total_tokens": prompt + made,
-    }
+    choices = [
+        answers.choice_json(number, row.text, row.finish_reason)
+        for number, row in enumerate(wanted.rows)
+    ]
+    usage = answers.usage_json(service.artifact, wanted.rows)
+    return JSONResponse({**head, "choices": choices, "usage": usage})
 
 
 async def _streamed(
@@ -319,19 +242,20 @@ async def _streamed(
             if text is None:
                 break
             if len(text) > len(sent):
-                choice = {**_choice(0, text[len(sent) :], row), "finish_reason": None}
+                choice = answers.choice_json(0, text[len(sent) :], None)
                 yield _event({**head, "choices": [choice]})
                 sent = text
         await job.result
-        choices = [_choice(0, row.text[len(sent) :], row)]
-        yield _event({**head, "choices": choices, "usage": _usage(service, [row])})
+        choice = answers.choice_json(0, row.text[len(sent) :], row.finish_reason)
+        usage = answers.usage_json(service.artifact, [row])
+        yield _event({**head, "choices": [choice], "usage": usage})
         service.served(head["model"], [row])
     except TimeoutError:
-        yield _event(_error_json(_timed_out(service)))
+        yield _event(error_json(_timed_out(service)))
     except ShuttingDownError:
-        yield _event(_error_json(_shutting_down()))
+        yield _event(error_json(_shutting_down()))
     except RuntimeError as failed:
-        yield _event(_error_json(_unexpected(failed)))
+        yield _event(error_json(_unexpected(failed)))
     finally:
         # Also when the client has gone.
         job.cancel()
@@ -348,29 +272,7 @@ async def _classify(request: Request) -> Response:
     wanted = bodies.classify_request(body, service.artifact)
     ranking: Ranking = await _result(service, _submit(service, wanted.model.name, wanted.question))
     service.ranked(wanted.model.name, wanted.question, ranking)
-    return JSONResponse(
-        {
-            "model": wanted.model.name,
-            "task": wanted.model.task,
-            "choice": ranking.choice,
-            "text": wanted.options[ranking.choice],
-            "options": [
-                {
-                    "text": text,
-                    "log_likelihood": float(score),
-                    "num_tokens": int(tokens),
-                    "probability": float(probability),
-                }
-                for text, score, tokens, probability in zip(
-                    wanted.options,
-                    ranking.log_likelihood,
-                    ranking.num_tokens,
-                    ranking.probability,
-                    strict=True,
-                )
-            ],
-        }
-    )
+    return JSONResponse(answers.ranking_json(wanted, ranking))
 
 
 async def _experts(request: Request) -> Response:
@@ -379,32 +281,11 @@ async def _experts(request: Request) -> Response:
     wanted = bodies.trace_request(body, service.artifact)
     jobs = [_submit(service, model.name, Trace(row)) for model, row in wanted.rows]
     traces = await asyncio.gather(*(_result(service, job) for job in jobs))
-    decode, prefix = service.artifact.vocabulary.decode, len(service.artifact.prefix)
-    models = []
-    for (model, row), trace in zip(wanted.rows, traces, strict=True):
-        read = row.read_ids[prefix:]
-        models.append(
-            {
-                "model": model.name,
-                "task": model.task,
-                "num_experts": list(model.config.num_experts),
-                # What every row begins with stands for no text.
-                "tokens": [*([""] * prefix), *(decode([token]) for token in read)],
-                "num_prompt_tokens": len(row.prompt),
-                "layers": [_traced(name, choices) for name, choices in trace.items()],
-                "text": row.text,
-                "finish_reason": row.finish_reason,
-            }
-        )
+    models = [
+        answers.trace_json(service.artifact, model, row, trace)
+        for (model, row), trace in zip(wanted.rows, traces, strict=True)
+    ]
     return JSONResponse({"models": models})
-
-
-def _traced(name: str, choices: TokenChoices) -> dict[str, Any]:
-    return {
-        "layer": layer_number(name),
-        "experts": choices.expert_index.tolist(),
-        "gates": [[round(float(gate), 4) for gate in token] for token in choices.gate],
-    }
 
 
 async def _drift(request: Request) -> Response:
@@ -413,12 +294,7 @@ async def _drift(request: Request) -> Response:
         lambda: {name: stream.drift() for name, stream in service.streams.items()}
     )
     streams = {
-        name: {
-            "model": service.streams[name].model.name,
-            "tokens": service.streams[name].tokens,
-            **_drift_json(drift),
-        }
-        for name, drift in found.items()
+        name: answers.stream_json(service.streams[name], drift) for name, drift in found.items()
     }
     config = service.config
     return JSONResponse(
@@ -429,34 +305,6 @@ async def _drift(request: Request) -> Response:
             "half_life_requests": config.drift_half_life,
         }
     )
-
-
-def _drift_json(drift: StreamDrift) -> dict[str, Any]:
-    return {
-        "requests": round(drift.requests, 1),
-        "verdict": drift.verdict,
-        "layers": [
-            {
-                "layer": layer.layer,
-                "is_drifting": layer.is_drifting,
-                "selections": _divergence_json(layer.selections),
-                "probabilities": _divergence_json(layer.probabilities),
-                "live": [round(float(share), 6) for share in layer.live],
-                "reference": [round(float(share), 6) for share in layer.reference],
-            }
-            for layer in drift.layers
-        ],
-    }
-
-
-def _divergence_json(found: Divergence) -> dict[str, float | None]:
-    """The distance and its threshold, both without bias; None for a threshold not yet known."""
-    threshold = found.threshold_bits - found.bias_bits
-    return {
-        "distance_bits": found.distance_bits,
-        "threshold_bits": threshold if math.isfinite(threshold) else None,
-        "bias_bits": found.bias_bits,
-    }
 
 
 async def _statistics(request: Request) -> Response:

@@ -27,6 +27,8 @@ class ServedModel:
       config: its architecture.
       fingerprint: of the checkpoint that it comes from.
       checkpoint: where that lay, for people.
+      members: by layer, for each expert the experts of the unpruned model that it was made from;
+        empty if it was not pruned.
       programs: its prefill, decode and score.
     """
 
@@ -37,6 +39,7 @@ class ServedModel:
     config: ModelConfig
     fingerprint: str
     checkpoint: str
+    members: Mapping[int, list[list[int]]]
     programs: runner.Model
 
     @property
@@ -81,6 +84,11 @@ def open_artifact(directory: str | os.PathLike[str]) -> ServedArtifact:
     directory = Path(directory)
     try:
         manifest = runner.read_manifest(directory)
+        if manifest["format"] != "stablehlo":
+            raise InputError(
+                f'The server takes artifacts of the format "stablehlo", got {manifest["format"]!r} '
+                f"in {directory}: export with --format stablehlo."
+            )
         runner.check_files(directory, manifest)
         artifact = runner.Artifact(directory)
         loaded = {name: artifact.load(name) for name in artifact.names}
@@ -126,8 +134,25 @@ def _served(name: str, model: runner.Model) -> ServedModel:
         ModelConfig.from_dict(entry["config"]),
         entry["checkpoint"]["fingerprint"],
         entry["checkpoint"]["name"],
+        _members(entry["provenance"]),
         model,
     )
+
+
+def _members(provenance: Mapping[str, Any] | None) -> dict[int, list[list[int]]]:
+    """Reads the plan of the latest prune in a chain of provenances."""
+    while provenance is not None and "plan" not in provenance:
+        source = provenance.get("source")
+        provenance = source.get("provenance") if isinstance(source, Mapping) else None
+    if provenance is None:
+        return {}
+    return {
+        layer["layer"]: [
+            [expert for expert, label in enumerate(layer["labels"]) if label == number]
+            for number in range(max(layer["labels"]) + 1)
+        ]
+        for layer in provenance["plan"]["layers"]
+    }
 
 
 def _vocabulary(directory: Path, record: Mapping[str, Any]) -> Vocabulary:

@@ -18,9 +18,10 @@ from uncurl_jax.artifacts import atomic_directory, refuse_existing
 from uncurl_jax.errors import InputError
 from uncurl_jax.pruning.statistics import RouterStatistics
 from uncurl_jax.serving.app import make_app
+from uncurl_jax.serving.guard import is_loopback
 from uncurl_jax.serving.models import open_artifact
 from uncurl_jax.serving.service import Service
-from uncurl_jax.serving.settings import LOOPBACK, ServeConfig
+from uncurl_jax.serving.settings import ServeConfig
 
 # Connections that may be open; what comes on top gets 503 from uvicorn itself.
 _MAX_CONNECTIONS = 1024
@@ -63,7 +64,7 @@ def serve(
     references = {
         stream: RouterStatistics.load(path) for stream, path in (statistics or {}).items()
     }
-    if host not in LOOPBACK:
+    if not is_loopback(host):
         print(
             f"uncurl serve: warning: {host} may be reached from other machines and there is no "
             "authentication: anybody who reaches it may use it.",
@@ -96,8 +97,12 @@ def _bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM
         )[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
     except (OSError, OverflowError) as error:
         raise InputError(
             f"The server needs a free address of this machine, got {host} port {port} ({error}): "

@@ -7,8 +7,6 @@ import math
 
 from uncurl_jax.errors import InputError
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
