@@ -328,6 +328,31 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(tmp_path):
 # Other inputs
 
 
+def test_what_an_interrupted_benchmark_measured_can_be_a_record(directory, tmp_path, capsys):
+    finished = artifacts.read_json(directory / "bench.json")
+    made_last = ("cells", "weak_scaling", "speedups", "pictures")
+    head = {name: value for name, value in finished.items() if name not in made_last}
+    partial = tmp_path / "bench.json.partial"
+    for line in (head, *finished["cells"][:2]):
+        artifacts.append_json_line(partial, line)
+    out = tmp_path / "so_far.json"
+    assert main(["bench", "--so_far", str(partial), "--out", str(out)]) == 0
+    record = artifacts.read_json(out)
+    assert record["cells"] == finished["cells"][:2] and record["unmeasured"] == 1
+    assert all((tmp_path / picture["png"]).is_file() for picture in record["pictures"])
+    assert partial.is_file()
+    assert "cells that are missing: 1." in " ".join(report_bench.sentences(record))
+    capsys.readouterr()
+    for source, options, sentence in (
+        (partial, ["--out", str(tmp_path / "bench.json")], "another file than the benchmark's own"),
+        (partial, ["--out", str(out)], "so_far.json"),
+        (partial, ["--out", str(tmp_path / "x.json"), "--repeats", "9"], "got --repeats too"),
+        (tmp_path / "none", ["--out", str(tmp_path / "x.json")], "left with measurements in it"),
+    ):
+        assert main(["bench", "--so_far", str(source), *options]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_measured_with_its_own_parameters(tmp_path):
     config = dataclasses.replace(MODEL, num_experts=(4,))
     with CheckpointStore(
@@ -394,6 +419,9 @@ def test_the_training_step_is_measured_if_asked_for(tmp_path):
     check_timing(training, *others)
     assert training["status"] == "measured" and training["mfu"] is None
     assert training["tokens_per_second"] == pytest.approx(16 / training["seconds"])
+    shown = dict(zip(report_bench.COLUMNS, report_bench.cells(result["cells"][0]), strict=True))
+    assert shown["training tokens/s"] == f"{training['tokens_per_second']:,.0f}"
+    assert shown["MFU, %"] == "–"
 
 
 def test_a_benchmark_needs_no_package_but_jax_and_its_kin(tmp_path):

@@ -114,6 +114,15 @@ def test_latency_counts_the_hops_of_the_largest_group():
     ) == pytest.approx(16e-6)
 
 
+def test_behind_a_switch_a_chip_sends_at_its_own_bandwidth():
+    """8 bytes at 2 bytes/s one way: 3/4 of them among four, half among two; a second's latency."""
+    host = dataclasses.replace(ring(8), is_switched=True, ici_hop_seconds=1.0)
+    four = [collective_seconds(host, MeshShape(2, 4, 1), ("expert",), kind, 8.0) for kind in KINDS]
+    two = [collective_seconds(host, MeshShape(2, 4, 1), ("data",), kind, 8.0) for kind in KINDS]
+    assert four == [1 + 6 / 2, 1 + 12 / 2, 1 + 6 / 2, 1 + 6 / 2]
+    assert two == [1 + 4 / 2, 1 + 8 / 2, 1 + 4 / 2, 1 + 4 / 2]
+
+
 def test_groups_of_one_device_cost_nothing():
     assert collective_seconds(V5E, MeshShape(16, 1, 1), ("expert",), "all_to_all", 1e9) == 0
     assert collective_seconds(V5E, MeshShape(16, 1, 1), (), "all_reduce", 1e9) == 0

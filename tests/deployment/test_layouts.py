@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -40,6 +41,19 @@ def test_meshes_of_eight_chips():
     assert len(shapes) == len(set(shapes)) == 10
     assert all(mesh.size == 8 for mesh in shapes)
     assert MeshShape(2, 2, 2) in shapes and MeshShape(1, 8, 1) in shapes
+
+
+def test_measured_overheads_are_counted_for_each_pass(slice_of_eight):
+    """Three blocks of which two have experts; training passes three times, in two parts."""
+    host = dataclasses.replace(
+        slice_of_eight, step_seconds=1.0, block_seconds=10.0, expert_block_seconds=100.0
+    )
+    mesh = MeshShape(8, 1, 1)
+    serving = request_for(host, job=Job("serve", 16, 16))
+    training = request_for(host, job=Job("train", 16, 16, "float32", 2))
+    assert best_layout(serving, mesh).times.overhead == 1 + 3 * 10 + 2 * 100
+    assert best_layout(training, mesh).times.overhead == 1 + 6 * (3 * 10 + 2 * 100)
+    assert best_layout(request_for(slice_of_eight), mesh).times.overhead == 0
 
 
 def test_axes_of_one_device_divide_nothing():

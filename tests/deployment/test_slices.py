@@ -13,17 +13,21 @@ from uncurl_jax.deployment.slices import Slice, load_slice
 from uncurl_jax.errors import InputError
 
 DIRECTORY = Path(__file__).parents[2] / "configs" / "slices"
+HOSTS = DIRECTORY.parent / "hosts"
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.json"))
+EVERY = sorted([*DIRECTORY.glob("*.json"), *HOSTS.glob("*.json")])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_number_of_a_slice_has_its_source_in_the_file(name):
-    loaded = load_slice(name, DIRECTORY)
-    values = json.loads((DIRECTORY / f"{name}.json").read_text())
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
+def test_every_number_of_a_slice_has_its_source_in_the_file(path):
+    name = path.stem
+    loaded = load_slice(name, DIRECTORY, HOSTS)
+    values = json.loads(path.read_text())
     numbers = {
         field.name
         for field in dataclasses.fields(Slice)
         if field.name not in ("name", "topology", "num_chips", "num_hosts", "chips_per_host")
+        and (field.default is dataclasses.MISSING or field.name in values)
     }
     assert set(values["sources"]) == numbers
     assert all(values["sources"].values()) and values["source"]
@@ -91,6 +95,8 @@ def test_an_unknown_slice_is_refused_with_the_nearest(given, nearest):
         ({"hbm_bytes_per_chip": 0}, "numbers must be positive, got hbm_bytes_per_chip 0"),
         ({"topology": 16}, "must have fields of the types of configs/slices"),
         ({"ici_hop_seconds": None}, "without ici_hop_seconds: add them"),
+        ({"block_seconds": -1e-6}, "numbers must be positive, got block_seconds -1e-06"),
+        ({"is_switched": True}, "behind a switch must be a topology of one axis, got (4, 4)"),
     ],
 )
 def test_a_file_of_ones_own_is_checked(change, sentence, tmp_path):
@@ -110,3 +116,11 @@ def test_a_slice_of_ones_own_is_read(tmp_path):
     path.write_text(json.dumps(values | {"topology": "2x8", "name": "mine"}))
     loaded = load_slice(path, DIRECTORY)
     assert math.prod(loaded.topology) == 16 and loaded.name == "mine"
+
+
+def test_a_host_of_gpus_is_found_only_where_hosts_may_stand():
+    host = load_slice("h100-2", DIRECTORY, HOSTS)
+    assert host.is_switched and host.num_chips == 2
+    assert load_slice("configs/hosts/h100-2.json", DIRECTORY, HOSTS) == host
+    with pytest.raises(InputError, match="A slice must be one of v5e-16"):
+        load_slice("h100-2", DIRECTORY)

@@ -62,6 +62,7 @@ def make_cell(experts: int, layout: str, milliseconds: float, **others: Any) -> 
             "is_equal": True,
         },
         "equality": {"is_equal": True},
+        "training": {"status": "measured", "mfu": 0.25, **timing(4 * forward, 4096)},
         **others,
     }
 
@@ -121,7 +122,7 @@ def test_a_directory_with_a_benchmark_alone_is_reported(tmp_path):
     ]
     assert measured["rows"][0] == [
         *("354M+128e", "8", "sharded", "8", "7.6 to 8.4", "0.2", "0.4", "512,000", "512,000"),
-        *("16,000 (64)", "2", "yes"),
+        *("16,000 (64)", "128,000", "25.0", "2", "yes"),
     ]
     assert measured["rows"][3][:4] == ["354M+128e", "8", "replicated", "out of memory"]
 

@@ -396,6 +396,11 @@ def _add_bench_command(command: Any) -> None:
         help="some of forward,layers,prefill,decode,equality,bytes (default all)",
     )
     sub.add_argument("--training", action="store_true", dest="has_training", help="its step too")
+    sub.add_argument(
+        "--so_far",
+        metavar="PARTIAL",
+        help="measure nothing: write the record of what an interrupted benchmark left",
+    )
     sub.add_argument("--out", required=True, help="bench.json to write, with pictures beside it")
 
 

@@ -705,7 +705,8 @@ def placement(options: Options) -> Any:
     picture = new_output(options.pop("picture")) if "picture" in options else None
     if picture is not None:
         placement_view.check_picture(picture)
-    on_slice = load_slice(options.pop("slice"), files_root() / "configs" / "slices")
+    configs = files_root() / "configs"
+    on_slice = load_slice(options.pop("slice"), configs / "slices", configs / "hosts")
     request, fingerprint = _placement_request(options, on_slice)
     report = planner.make_placement(request)
     print(placement_view.format_report(report), file=sys.stderr)
@@ -781,6 +782,15 @@ def bench(options: Options) -> Any:
     from uncurl_jax.deployment import bench as bench_lib
     from uncurl_jax.deployment.bench_summary import summarize
 
+    if "so_far" in options:
+        others = sorted(set(options) - {"so_far", "out"})
+        if others or bound(ModelConfig):
+            raise InputError(
+                "--so_far takes everything from what was measured, got "
+                f"{', '.join(f'--{name}' for name in others) or '--gin_file'} too: leave it out."
+            )
+        record = bench_lib.record_so_far(options["so_far"], options["out"])
+        return {"out": str(options["out"]), **summarize(record)}
     options["out"] = new_output(options["out"])
     if bound(ModelConfig):
         options["model"] = configured(ModelConfig)()

@@ -31,6 +31,7 @@ from uncurl_jax.deployment.bench_settings import (
     BenchModel,
     BenchSettings,
     Layout,
+    Placement,
     check_settings,
     default_devices,
     find_models,
@@ -128,12 +129,65 @@ def run_bench(
     )
     if plan.record["is_functional_only"]:
         progress(FUNCTIONAL_ONLY)
-    cells = _measure_all(plan, progress)
-    record = {**plan.record, "cells": cells, "weak_scaling": weak_scaling(cells)}
-    record["speedups"] = speedups(record["models"], cells)
-    record["pictures"] = bench_view.write_pictures(record, plan.out)
-    artifacts.write_json(plan.out, record)
+    record = _write_record(plan.record, _measure_all(plan, progress), plan.out)
     plan.partial.unlink(missing_ok=True)
+    return record
+
+
+def record_so_far(partial: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes the record of what an interrupted benchmark has measured; it can still go on.
+
+    No device is needed: the machine may have been given back.
+
+    Args:
+      partial: what the benchmark left, `<its out>.partial`.
+      out: the JSON file, another than the benchmark's own; pictures are named after it.
+
+    Returns:
+      The record; `unmeasured` says how many measurements are missing.
+
+    Raises:
+      InputError: If the file holds no measurement, or an output exists.
+    """
+    partial, out = Path(partial), Path(out)
+    lines = artifacts.read_json_lines(partial) if partial.is_file() else []
+    if len(lines) < 2 or lines[0].get("schema") != SCHEMA:
+        raise InputError(
+            f"--so_far must be what a benchmark of schema {SCHEMA} left with measurements in it, "
+            f"got {partial}: repeat the benchmark's command instead."
+        )
+    if partial.name == out.name + artifacts.PARTIAL_SUFFIX:
+        raise InputError(
+            f"--out must be another file than the benchmark's own, which is to go on, got {out}: "
+            f"choose {out.with_name(out.stem + '_so_far.json')}."
+        )
+    for path in (out, *bench_view.picture_paths(out)):
+        artifacts.refuse_existing(path)
+    begun, *cells = lines
+    unmeasured = _number_of_cells(begun) - len(cells)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return _write_record({**begun, "unmeasured": unmeasured}, cells, out)
+
+
+def _number_of_cells(begun: dict[str, Any]) -> int:
+    """How many measurements the benchmark of a record's head was to make."""
+    settings = dict(begun["settings"])
+    settings.pop("inference_parameters")
+    if settings["placement"] is not None:
+        settings["placement"] = Placement(**settings["placement"])
+    models = [
+        BenchModel(model["name"], ModelConfig.from_dict(model["config"]), None)
+        for model in begun["models"]
+    ]
+    layouts = check_settings(BenchSettings(**settings), models, begun["device"]["count"])
+    return sum(map(len, layouts.values()))
+
+
+def _write_record(head: dict[str, Any], cells: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    record = {**head, "cells": cells, "weak_scaling": weak_scaling(cells)}
+    record["speedups"] = speedups(record["models"], cells)
+    record["pictures"] = bench_view.write_pictures(record, out)
+    artifacts.write_json(out, record)
     return record
 
 

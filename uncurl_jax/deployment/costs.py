@@ -28,6 +28,9 @@ _TRAINING_BYTES = 16
 _UPDATE_BYTES = 28
 # A float32 product of "highest" precision is six bf16 ones (jax.lax.Precision, on TPU).
 _HIGHEST_PASSES = 6
+# Attention over a cache of keys writes its scores, reads them three times, and writes and reads the
+# probabilities in 2 bytes.
+_BYTES_PER_SCORE = 4 * 4 + 2 * 2
 # Backward computes a gradient for each of the two operands of a product.
 _TRAINING_PASSES = 3
 
@@ -61,6 +64,8 @@ class Cost(NamedTuple):
       flops: of a step.
       memory_bytes: read from and written to HBM by a step, the optimizer left out.
       update_bytes: the optimizer's.
+      steps, blocks, expert_blocks: passes through a step's launch, the blocks of the decoder, and
+        the routing of those with experts; see `slices.Slice.block_seconds`.
     """
 
     state_bytes: int = 0
@@ -71,6 +76,9 @@ class Cost(NamedTuple):
     flops: float = 0.0
     memory_bytes: float = 0.0
     update_bytes: float = 0.0
+    steps: int = 0
+    blocks: int = 0
+    expert_blocks: int = 0
 
 
 class ExpertCost(NamedTuple):
@@ -122,6 +130,7 @@ def expert_cost(
         flops=flops * passes,
         memory_bytes=memory * passes,
         update_bytes=stored * _UPDATE_BYTES if job.is_training else 0,
+        expert_blocks=passes,
     )
     weight_bytes = stored * jnp.dtype("float32" if job.is_training else job.param_dtype).itemsize
     return ExpertCost(axes, group, padded, capacity, rows, weight_bytes, cost)
@@ -288,8 +297,10 @@ def rest_cost(model: ModelConfig, mesh: MeshShape, job: Job) -> Cost:
         transient_bytes=transient,
         traffic=tuple(traffic),
         flops=flops * passes,
-        memory_bytes=(local * size + cache * int(job.is_decoding)) * passes,
+        memory_bytes=(local * size + _cache_traffic(model, mesh, job, cache)) * passes,
         update_bytes=local * _UPDATE_BYTES if backward else 0,
+        steps=1,
+        blocks=model.num_layers * passes,
     )
 
 
@@ -314,7 +325,7 @@ def _rest_flops(model: ModelConfig, mesh: MeshShape, job: Job) -> float:
     """FLOPs of one forward pass over one part; attention scores are computed masked, not halved."""
     dim, tokens = model.embed_dim, job.tokens(mesh)
     matrices = 3 if model.is_gated else 2
-    context = job.cache_length if job.is_decoding else job.length
+    context = _context(job)
     queries = model.num_heads * model.head_dim / _model_share(model.num_heads, mesh)
     keys = model.kv_heads * model.head_dim / _model_share(model.kv_heads, mesh)
     attention = 4 * dim * (queries + keys) + 4 * context * queries
@@ -328,6 +339,19 @@ def _rest_flops(model: ModelConfig, mesh: MeshShape, job: Job) -> float:
     layers = model.num_layers * attention + (model.num_layers - moe) * mlp + moe * shared + routers
     logits = 2 * dim * model.vocab_size / _model_share(model.vocab_size, mesh)
     return tokens * layers + _num_logits(mesh, job) * logits
+
+
+def _context(job: Job) -> int:
+    """Keys that a query is multiplied with, seen or masked: with a cache, every place of it."""
+    return job.length if job.is_training else job.cache_length or job.length
+
+
+def _cache_traffic(model: ModelConfig, mesh: MeshShape, job: Job, cache: int) -> float:
+    """Bytes that attention over a cache moves: to decode, its keys and values; else its scores."""
+    if job.is_decoding or not cache:
+        return cache
+    heads = model.num_layers * model.num_heads / _model_share(model.num_heads, mesh)
+    return job.tokens(mesh) * job.cache_length * heads * _BYTES_PER_SCORE
 
 
 def _num_logits(mesh: MeshShape, job: Job) -> int:

@@ -5,7 +5,8 @@ a corner of a slice without wraparound has one link per axis, and everyone waits
 plane between chips (two planes where an axis wraps around) has so many links, and what groups that
 lie on both sides must exchange goes through them, all groups at once. For one all-to-all over a
 whole torus the second bound is the known bytes * longest_axis / (8 * link) (bytes per chip, a link
-one way), that is a quarter of an all-gather on a ring.
+one way), that is a quarter of an all-gather on a ring. Behind a switch there are no cuts: what
+counts is the bandwidth of each chip and the latency of a collective.
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ class _Cost(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _cost(slice_: Slice, mesh: MeshShape, axes: tuple[str, ...], kind: str) -> _Cost:
+    if slice_.is_switched:
+        sent = wire_bytes(kind, 1.0, mesh.size_of(axes))
+        one_way = slice_.interconnect_bytes_per_second_per_chip / 2
+        return _Cost(sent / one_way, slice_.ici_hop_seconds)
     groups = _group_coordinates(slice_, mesh, axes)
     size = groups.shape[1]
     sides = zip(slice_.topology, slice_.ici_wraparound, strict=True)

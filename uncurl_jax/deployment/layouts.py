@@ -93,16 +93,18 @@ class Times(NamedTuple):
       compute: the larger of FLOPs at the chip's peak and bytes at HBM's bandwidth.
       update: the optimizer, at HBM's bandwidth.
       communication: {purpose: seconds}, see `interconnect`.
+      overhead: launches and small kernels, where they were measured; see `slices.Slice`.
     """
 
     compute: float
     update: float
     communication: dict[str, float]
+    overhead: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.compute + self.update + sum(self.communication.values())
+        return self.compute + self.update + self.overhead + sum(self.communication.values())
 
 
 class LayerChoice(NamedTuple):
@@ -263,7 +265,12 @@ def estimate_times(request: Request, mesh: MeshShape, cost: Cost) -> Times:
     compute = max(
         cost.flops / slice_.peak_bf16_flops_per_second_per_chip, cost.memory_bytes / bandwidth
     )
-    return Times(compute, cost.update_bytes / bandwidth, communication)
+    overhead = (
+        cost.steps * slice_.step_seconds
+        + cost.blocks * slice_.block_seconds
+        + cost.expert_blocks * slice_.expert_block_seconds
+    )
+    return Times(compute, cost.update_bytes / bandwidth, communication, overhead)
 
 
 class _Point(NamedTuple):
@@ -340,6 +347,7 @@ def _layout(
         sum(part.compute for part in all_times),
         sum(part.update for part in all_times),
         {purpose: sum(part.communication[purpose] for part in all_times) for purpose in PURPOSES},
+        sum(part.overhead for part in all_times),
     )
     capacities = {layer: choice.experts.capacity for layer, choice in layers.items()}
     tokens = job.tokens(mesh)

@@ -25,7 +25,7 @@ from uncurl_jax.partitioning import ExpertAxes, check_expert_axes
 
 SCHEMA = "uncurl_jax placement 1"
 NOTE = (
-    "seconds and activation_bytes are estimates: a roofline of printed peaks with nothing "
+    "seconds and activation_bytes are estimates: a roofline of the slice's rates with nothing "
     "overlapping, and a formula; state_bytes, cache_bytes and wire bytes are counted"
 )
 
@@ -288,6 +288,7 @@ def _seconds(times: Times) -> dict[str, float]:
     return {
         "compute": times.compute,
         "update": times.update,
+        "overhead": times.overhead,
         **communication,
         "total": times.total,
     }

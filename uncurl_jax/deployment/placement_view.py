@@ -25,7 +25,7 @@ from uncurl_jax.errors import InputError
 
 _CANVASES = {".svg": FigureCanvasSVG, ".png": FigureCanvasAgg}
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999")
 _MOST_LAYOUTS = 12
 _LAYOUT_HEADINGS = (
     *("", "data", "expert", "model", "experts divided over", "state GB", "cache GB"),
@@ -51,7 +51,7 @@ def format_report(report: Report) -> str:
         f"One layer of each kind, on meshes with model {report.chosen.mesh.model}:",
         *_table(_LAYER_HEADINGS, _layer_rows(report)),
         _fewest_text(request, report.fewest_chips),
-        "~ estimates: roofline of the printed peaks, nothing overlapping; bytes of state, cache "
+        "~ estimates: roofline of the slice's rates, nothing overlapping; bytes of state, cache "
         "and on the wire are counted.",
         report.reason,
     ]
@@ -104,7 +104,7 @@ def _layout_cells(report: Report, layout: Layout) -> list[str]:
         _gigabytes(memory.activations),
         _gigabytes(memory.total),
         f"{sum(layout.wire_bytes_per_token.values()):,.0f}",
-        f"{1e3 * (times.compute + times.update):,.2f}",
+        f"{1e3 * (times.compute + times.update + times.overhead):,.2f}",
         f"{1e3 * communication:,.2f}",
         f"{1e3 * times.total:,.2f}",
         f"{100 * max(drops):.2f}" if drops else "-",
@@ -147,7 +147,7 @@ def _layer_rows(report: Report) -> list[list[str]]:
                     _gigabytes(experts.weight_bytes),
                     _gigabytes(experts.cost.state_bytes),
                     f"{sum(traffic.values()):,.0f}",
-                    f"{1e3 * (times.compute + times.update):,.3f}",
+                    f"{1e3 * (times.compute + times.update + times.overhead):,.3f}",
                     f"{1e3 * sum(times.communication.values()):,.3f}",
                 ]
             )
@@ -201,6 +201,7 @@ def _draw(report: Report) -> Figure:
     times = {
         "compute": [1e3 * layout.times.compute for layout in layouts],
         "optimizer": [1e3 * layout.times.update for layout in layouts],
+        "launches, small kernels": [1e3 * layout.times.overhead for layout in layouts],
         **{
             purpose: [1e3 * layout.times.communication[purpose] for layout in layouts]
             for purpose in PURPOSES

@@ -1,4 +1,4 @@
-"""TPU slices: what configs/slices says about them, and where each chip stands."""
+"""TPU slices and hosts of GPUs: what configs says about them, and where each chip stands."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ import numpy as np
 from uncurl_jax.artifacts import read_json
 from uncurl_jax.errors import InputError
 
+# Seconds that were measured, or are left out.
+_MEASURED = ("step_seconds", "block_seconds", "expert_block_seconds")
+
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One kind of slice; every number is given with its source in the file.
+    """One kind of slice, or host of GPUs; every number is given with its source in the file.
+
+    The last four were measured where they are given; 0 leaves the time out.
 
     Attributes:
       name: of the file.
@@ -31,6 +36,12 @@ class Slice:
       ici_wraparound: whether the last chip of an axis is linked to the first.
       ici_hop_seconds: latency of one link.
       chip_counts: sizes in which slices of this kind of chip come, rising.
+      is_switched: whether every chip reaches every other through a switch at its full bandwidth, as
+        GPUs on NVSwitch do; `ici_hop_seconds` is then the latency of a collective.
+      step_seconds: that a step takes beside its work: its launch.
+      block_seconds: that a block of the decoder takes in one pass however few its tokens: kernels
+        too small to be bound by FLOPs or memory.
+      expert_block_seconds: the same of routing, dispatch and combine, in a block with experts.
     """
 
     name: str
@@ -47,6 +58,10 @@ class Slice:
     ici_wraparound: tuple[bool, ...]
     ici_hop_seconds: float
     chip_counts: tuple[int, ...]
+    is_switched: bool = False
+    step_seconds: float = 0.0
+    block_seconds: float = 0.0
+    expert_block_seconds: float = 0.0
 
     def __post_init__(self):
         sides = self.topology
@@ -68,8 +83,14 @@ class Slice:
                 f"A slice's hosts must tile its topology, got hosts of {self.host_topology} in "
                 f"{sides} with wraparound {self.ici_wraparound} in {self.name}: correct the file."
             )
+        if self.is_switched and len(sides) != 1:
+            raise InputError(
+                f"Chips behind a switch must be a topology of one axis, got {sides} in "
+                f'{self.name}: write "{self.num_chips}".'
+            )
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int | float) and value <= 0:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and (value < 0 or (value == 0 and name not in _MEASURED)):
                 raise InputError(
                     f"A slice's numbers must be positive, got {name} {value} in {self.name}: "
                     "correct the file."
@@ -101,42 +122,49 @@ def _counted(sides: tuple[int, ...]) -> np.ndarray:
     return grid[::-1].T
 
 
-def load_slice(name: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Slice:
+def load_slice(name: str | os.PathLike[str], *directories: str | os.PathLike[str]) -> Slice:
     """Reads a slice's file.
 
     Args:
-      name: a path to a JSON file, or the name of one in `directory`, with or without .json.
-      directory: where the package's files lie (configs/slices).
+      name: a path to a JSON file, or the name of one in `directories`, with or without .json.
+      *directories: where the package's files lie (configs/slices; configs/hosts for GPUs).
 
     Raises:
       InputError: If there is no such file, or a field is missing or of another type.
     """
     path = Path(name)
     if not path.is_file():
-        known = sorted(file.stem for file in Path(directory).glob("*.json"))
+        files = {
+            file.stem: file
+            for folder in directories
+            for file in sorted(Path(folder).glob("*.json"))
+        }
+        known = list(files)
         stem = path.name.removesuffix(".json")
         # Only a bare name, or the package's own folder, may stand for a file of the package.
-        is_ours = path.parent in (Path("."), Path("configs/slices"))
+        ours = [Path("configs") / Path(folder).name for folder in directories]
+        is_ours = path.parent in (Path("."), *ours)
         if stem not in known or not is_ours:
             near = difflib.get_close_matches(stem, known, n=2, cutoff=0.4)
             nearest = f"nearest {', '.join(near)}; " if near else ""
             raise InputError(
                 f"A slice must be one of {', '.join(known)} or a file like those, got {name}: "
-                f"{nearest}see configs/slices."
+                f"{nearest}see {' and '.join(map(str, ours))}."
             )
-        path = Path(directory) / f"{stem}.json"
+        path = files[stem]
     return _from_dict(read_json(path), path)
 
 
 def _from_dict(values: Any, path: Path) -> Slice:
-    names = [field.name for field in dataclasses.fields(Slice)]
-    missing = [name for name in names if not isinstance(values, dict) or name not in values]
+    every = dataclasses.fields(Slice)
+    needed = [field.name for field in every if field.default is dataclasses.MISSING]
+    missing = [name for name in needed if not isinstance(values, dict) or name not in values]
     if missing:
         raise InputError(
             f"A slice's file must have the fields of configs/slices, got {path} without "
             f"{', '.join(missing)}: add them."
         )
-    fields = {name: values[name] for name in names}
+    fields = {field.name: values[field.name] for field in every if field.name in values}
     try:
         for name in ("topology", "host_topology"):
             fields[name] = tuple(int(side) for side in fields[name].split("x"))

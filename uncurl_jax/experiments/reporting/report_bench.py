@@ -30,6 +30,8 @@ COLUMNS = (
     "tokens/s",
     "prefill tokens/s",
     "decode tokens/s",
+    "training tokens/s",
+    "MFU, %",
     "MiB sent",
     "as one device",
 )
@@ -91,6 +93,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     """Says in words what matters most in a record."""
     measured = [cell for cell in record["cells"] if cell["status"] == "measured"]
     said = [record["note"]] if record["note"] else []
+    if record.get("unmeasured"):
+        said.append(f"The benchmark was cut short; cells that are missing: {record['unmeasured']}.")
     lost = len(record["cells"]) - len(measured)
     if lost:
         said.append(f"{lost} of {len(record['cells'])} did not fit into the devices' memory.")
@@ -145,6 +149,9 @@ def cells(cell: Mapping[str, Any]) -> tuple[str, ...]:
     if cell["status"] != "measured":
         return (*place, "out of memory", *("–",) * (len(COLUMNS) - len(place) - 1))
     forward, split, sent = cell["forward"], cell["split"], cell["communication"]
+    training = cell.get("training")
+    if training is not None and training["status"] != "measured":
+        training = None
     equality = cell["equality"]
     interval = "–"
     if forward:
@@ -160,6 +167,8 @@ def cells(cell: Mapping[str, Any]) -> tuple[str, ...]:
         _rate(forward),
         _rate(cell["prefill"]),
         ", ".join(f"{_rate(step)} ({step['batch']})" for step in cell["decode"]) or "–",
+        _rate(training),
+        "–" if training is None or training["mfu"] is None else f"{100 * training['mfu']:.1f}",
         "–"
         if sent is None
         else f"{sent['compiled_bytes_per_device'] / 2**20:.3g}{'' if sent['is_equal'] else '*'}",
