@@ -65,13 +65,15 @@ def check_plan(plan: Any, manifest: dict[str, Any], file_format: str | None) -> 
       manifest: of its statistics.
       file_format: "uncurl" or "hf"; None is "hf" for models that came from there.
     """
+    model_type = manifest.get("hf_model_type")
+    if file_format is None and model_type is None:
+        return  # before the imports below, which bring Orbax along
     from uncurl_jax.checkpoints.huggingface.translate import check_plan as check
     from uncurl_jax.checkpoints.sinks import FORMATS
 
     if file_format not in (None, *FORMATS):
         raise InputError(f'--format must be "uncurl" or "hf", got {file_format!r}: choose one.')
-    model_type = manifest.get("hf_model_type")
-    if file_format == "hf" or (file_format is None and model_type is not None):
+    if file_format != "uncurl":
         check(plan.num_experts, plan.router, model_type or "transformers")
 
 
