@@ -154,8 +154,16 @@ def compared(**changes):
     reference = {
         "prefill_logits": np.asarray([[1.0], [3.0], [0.0], [0.0]]),
         "prefill_experts/layers_0": np.asarray([[0, 1], [1, 1], [0, 0], [0, 0]]),
+        "decode_logits/0": np.zeros((4, 1)),
+        "decode_experts/0/layers_0": np.asarray([[0], [1], [1], [0]]),
+        "decode_logits/1": np.zeros((4, 1)),
+        "decode_experts/1/layers_0": np.asarray([[0], [0], [0], [0]]),
     }
     return runner.compare({**reference, **changes}, reference)
+
+
+def limits(difference: float, same_rows: float) -> dict[str, float]:
+    return {"difference": difference, "same_rows": same_rows}
 
 
 def test_differences_are_relative_to_one_plus_the_size_of_a_row():
@@ -165,18 +173,29 @@ def test_differences_are_relative_to_one_plus_the_size_of_a_row():
         {"prefill_logits": np.asarray([[3.0, 5.5]])}, {"prefill_logits": np.asarray([[3.0, 5.0]])}
     )
     assert found["difference"] == pytest.approx(0.5 / (1 + np.sqrt((9 + 25) / 2)))
-    assert found["same_rows"] == 1.0
 
 
 def test_a_row_with_another_expert_is_not_compared():
     experts = np.asarray([[0, 1], [1, 0], [0, 0], [0, 0]])
-    logits = np.asarray([[1.0], [9.0], [0.0], [0.0]])
-    found = compared(prefill_logits=logits, **{"prefill_experts/layers_0": experts})
+    rows = np.asarray([[0.0], [9.0], [0.0], [0.0]])
+    found = compared(**{"prefill_experts/layers_0": experts, "decode_logits/1": rows})
     assert found == {"difference": 0.0, "same_rows": 0.75}
-    assert runner.is_alike(found, 1e-4)
-    assert not runner.is_alike({"difference": 0.0, "same_rows": 0.25}, 1e-4)
+    assert runner.is_alike(found, limits(1e-4, 0.75))
+    assert not runner.is_alike(found, limits(1e-4, 0.8))
+
+
+def test_a_row_is_compared_up_to_the_step_with_another_expert():
+    experts = np.asarray([[0], [0], [1], [0]])
+    rows = np.asarray([[0.0], [0.5], [0.0], [0.0]])
+    assert compared(**{"decode_logits/0": rows})["difference"] == 0.5
+    changed = {"decode_experts/0/layers_0": experts}
+    assert compared(**changed, **{"decode_logits/0": rows})["difference"] == 0
+    # The second step goes on from the first one.
+    assert compared(**changed, **{"decode_logits/1": rows})["difference"] == 0
+    logits = rows + np.asarray([[1], [3], [0], [0]])
+    assert compared(**changed, prefill_logits=logits)["difference"] == 0.125
 
 
 def test_not_a_number_is_no_small_difference():
     found = compared(prefill_logits=np.asarray([[np.nan], [3.0], [0.0], [0.0]]))
-    assert not runner.is_alike(found, 1.0)
+    assert not runner.is_alike(found, limits(1.0, 0.0))

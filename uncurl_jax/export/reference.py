@@ -18,13 +18,20 @@ from uncurl_jax.export.sources import POSITIONS, Source
 from uncurl_jax.models.decoder import Decoder, Params, token_log_probabilities
 from uncurl_jax.partitioning import TOKEN_AXES, axis_size, place_batch
 
-_ROWS, _STEPS, _TARGETS = 4, 2, 3
-_LONGEST = 48
+# Many short rows, in which no router is likely to waver, and a few longer ones.
+_LENGTHS = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 7, 10, 16, 28, 48)
+_STEPS, _TARGETS = 2, 3
+
+
+def _limits(difference: float, same_rows: float) -> dict[str, float]:
+    return {"difference": difference, "same_rows": same_rows}
+
+
 # Of `runner.compare`. On one platform programs and references differ by the order of additions;
 # others round products of float32 too (TPUs by default to bfloat16).
 TOLERANCES = {
-    "float32": {"same_platform": 1e-4, "other_platform": 2e-2},
-    "bfloat16": {"same_platform": 2e-2, "other_platform": 1e-1},
+    "float32": {"same_platform": _limits(1e-4, 0.75), "other_platform": _limits(2e-2, 0.125)},
+    "bfloat16": {"same_platform": _limits(2e-2, 0.125), "other_platform": _limits(1e-1, 0.125)},
 }
 
 
@@ -36,9 +43,9 @@ def reference_inputs(config: ModelConfig, vocabulary_size: int) -> dict[str, np.
       "target_mask" [b, t], scored at the last places of each prompt.
     """
     generator = np.random.default_rng(0)
-    longest = max(1, min(_LONGEST, config.max_length - _STEPS))
-    lengths = np.linspace(max(1, longest // 4), longest, _ROWS).astype(np.int32)
-    inputs = generator.integers(1, vocabulary_size, (_ROWS, longest))
+    lengths = np.minimum(_LENGTHS, max(1, config.max_length - _STEPS)).astype(np.int32)
+    rows, longest = len(lengths), int(lengths.max())
+    inputs = generator.integers(1, vocabulary_size, (rows, longest))
     inputs[:, 0] = 0
     inputs = np.where(np.arange(longest) < lengths[:, None], inputs, 0).astype(np.int32)
     steps = min(_STEPS, config.max_length - longest)
@@ -46,8 +53,8 @@ def reference_inputs(config: ModelConfig, vocabulary_size: int) -> dict[str, np.
     return {
         "inputs": inputs,
         "lengths": lengths,
-        "tokens": generator.integers(1, vocabulary_size, (_ROWS, steps)).astype(np.int32),
-        "targets": generator.integers(1, vocabulary_size, (_ROWS, _TARGETS)).astype(np.int32),
+        "tokens": generator.integers(1, vocabulary_size, (rows, steps)).astype(np.int32),
+        "targets": generator.integers(1, vocabulary_size, (rows, _TARGETS)).astype(np.int32),
         "target_positions": np.maximum(positions, 0),
         "target_mask": positions >= 0,
     }

@@ -61,14 +61,13 @@ def check(directory: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     decoder = Decoder(wide, mesh, expert_axes=_expert_axes(manifest))
     outputs = forward_outputs(decoder, variables, inputs)
     found = runner.compare(outputs, reference)
-    tolerance = manifest["tolerance"]["same_platform"]
-    if not runner.is_alike(found, tolerance):
+    limits = manifest["tolerance"]["same_platform"]
+    if not runner.is_alike(found, limits):
         raise runner.ArtifactError(
-            f"Model {name} must reproduce its reference outputs to {tolerance:g} on a mesh of "
-            f"{sizes}, got a difference of {found['difference']:g} with the same experts in "
-            f"{100 * found['same_rows']:.0f} % of the rows."
+            f"On a mesh of {sizes}, model {name} must reproduce its reference outputs"
+            f"{runner.said(found, limits)}"
         )
-    return {name: {**found, "tolerance": tolerance}}
+    return {name: {**found, "tolerance": limits["difference"]}}
 
 
 def served_config(manifest: dict[str, Any], config: ModelConfig) -> ModelConfig:

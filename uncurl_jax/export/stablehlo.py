@@ -143,12 +143,11 @@ def _write_reference(
     expected = checkpoint_outputs(source, inputs)
     outputs = runner.run_reference(model, inputs)
     found = runner.compare(outputs, expected)
-    limit = TOLERANCES[source.config.dtype]["same_platform"]
-    if quantization is None and not runner.is_alike(found, limit):
+    limits = TOLERANCES[source.config.dtype]["same_platform"]
+    if quantization is None and not runner.is_alike(found, limits):
         raise RuntimeError(
-            f"The programs of {source.name} must reproduce {source.checkpoint} to {limit:g}, got a "
-            f"difference of {found['difference']:g} with the same experts in "
-            f"{100 * found['same_rows']:.0f} % of the rows."
+            f"The programs of {source.name} must reproduce {source.checkpoint}"
+            f"{runner.said(found, limits)}"
         )
     kept = expected if quantization is None else outputs
     write_reference(path, inputs, kept)

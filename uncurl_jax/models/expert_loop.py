@@ -95,9 +95,9 @@ def _run_blocks(
     Returns:
       [a, d] in x's dtype; anything for assignments beyond the counts.
     """
-    starts = jnp.cumsum(counts) - counts
+    starts = _running_sums(counts) - counts
     blocks = -(-counts // rows)
-    last = jnp.cumsum(blocks)
+    last = _running_sums(blocks)
     first = last - blocks
     padded = jnp.pad(token, (0, rows))
 
@@ -113,3 +113,9 @@ def _run_blocks(
 
     outputs = jnp.zeros((token.shape[0] + rows, x.shape[1]), x.dtype)
     return jax.lax.fori_loop(0, last[-1], add_block, outputs)[: token.shape[0]]
+
+
+def _running_sums(counts: jax.Array) -> jax.Array:
+    """`jnp.cumsum` of [e], which JAX 0.12 makes an operation that TensorFlow does not have."""
+    place = jnp.arange(counts.shape[0])
+    return jnp.sum(jnp.where(place <= place[:, None], counts, 0), axis=1)
