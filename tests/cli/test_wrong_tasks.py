@@ -50,7 +50,7 @@ def test_rows_too_short_for_an_option_are_refused(refuse, world):
 
 def test_an_unknown_vocabulary_is_refused(refuse, world):
     arguments = ("--task", "synthetic_topic", "--data_dir", world["data"], "--out", "new")
-    sentence = 'A vocabulary must be "bytes", a .model file, a directory with encoder.json'
+    sentence = 'A vocabulary must be "bytes", a .model file, a directory with tokenizer.json'
     refuse(sentence, "cache", *arguments, "--vocabulary", "byte")
 
 
