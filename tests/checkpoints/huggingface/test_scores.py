@@ -61,7 +61,7 @@ def test_log_likelihoods_without_a_bos_are_those_of_transformers(
     np.testing.assert_array_equal(scores.num_tokens, len(places))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["qwen2_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_statistics_layer_by_layer_of_a_directory_are_those_of_the_model(
     name, reference, make_directory, tmp_path
 ):
