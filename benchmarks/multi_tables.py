@@ -132,24 +132,24 @@ def layer_table(cells: list[Cell]) -> str:
     return table(header, rows)
 
 
-def gains_table(cells: list[Cell]) -> str:
+def gains_table(of_sizes: dict[str, list[Cell]]) -> str:
     """How many times as fast as 128 sharded experts, and what of it is placement."""
-    base = found(cells, 128, 2, "sharded")
-    if base is None:
-        return "128 sharded experts were not measured."
+    header = ["experts"]
+    for size in of_sizes:
+        header += [f"{size} sharded", f"{size} replicated", "of which placement"]
     rows = []
     for experts in (128, 64, 32, 8, 0):
         row = [str(experts) if experts else "dense"]
-        times = [found(cells, experts, 2, name) for name in ("sharded", "replicated")]
-        whole = base.values["forward"]["seconds"]
-        row += [
-            f"{whole / cell.values['forward']['seconds']:.2f}" if cell else "-" for cell in times
-        ]
-        if all(times):
-            divided, replicated = (cell.values["forward"]["seconds"] for cell in times if cell)
-            row.append(f"{divided / replicated:.2f}")
-        rows.append([*row, "-"][:4])
-    return table(["experts", "pruned, sharded", "pruned, replicated", "of which placement"], rows)
+        for cells in of_sizes.values():
+            places = ((128, "sharded"), (experts, "sharded"), (experts, "replicated"))
+            base, divided, whole = (
+                None if cell is None else cell.values["forward"]["seconds"]
+                for cell in (found(cells, count, 2, layout) for count, layout in places)
+            )
+            pairs = ((base, divided), (base, whole), (divided, whole))
+            row += [f"{slow / fast:.2f}" if slow and fast else "-" for slow, fast in pairs]
+        rows.append(row)
+    return table(header, rows)
 
 
 def estimate(cell: Cell, job: Job, slice_: Slice) -> float:
@@ -328,15 +328,16 @@ def main() -> None:
     def of(stem: str) -> list[Cell]:
         return [cell for cell in measured if cell.file == stem]
 
-    sections = {}
+    sections, forward = {}, {}
     for size in ("354m", "124m"):
         own = of(f"bench_forward_{size}")
         if not found(own, 128, 2, "sharded"):
             missing = of(f"bench_forward_{size}_7_rounds")
             own += [c for c in missing if c.experts == 128 and c.values["devices"] == 2]
         sections[f"Forward pass, {size}, ms"] = forward_table(own)
-        sections[f"Times as fast as 128 sharded experts, {size}"] = gains_table(own)
+        forward[size] = own
         sections[f"One layer, {size}, ms"] = layer_table(own)
+    sections["Times as fast as 128 sharded experts"] = gains_table(forward)
     estimated = of("bench_forward_354m") + of("bench_forward_124m")
     served = of("bench_serve_354m_8") + of("bench_serve_354m_32")
     sections["The planner, forward"] = planner_table(

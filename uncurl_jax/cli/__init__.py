@@ -331,7 +331,9 @@ def _add_placement_command(command: Any) -> None:
         "placement", "Choose the mesh and where experts are, for a TPU slice and a batch."
     )
     sub.add_argument("--checkpoint", help="the model; or give a --gin_file that binds ModelConfig")
-    sub.add_argument("--slice", required=True, help="name or file of configs/slices: v5e-16, ...")
+    sub.add_argument(
+        "--slice", required=True, help="of configs/slices or configs/hosts: v5e-16, h100-2"
+    )
     sub.add_argument("--batch", type=int, required=True, help="rows per step, over all chips")
     sub.add_argument("--length", type=int, required=True, help="tokens per row; 1 to decode")
     sub.add_argument("--mode", choices=("train", "serve"), help="train (default) or serve")
