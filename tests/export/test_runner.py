@@ -122,6 +122,13 @@ def test_directories_that_are_no_artifacts_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"schema": "uncurl_jax artifact 9"}')
     with pytest.raises(InputError, match='must have the schema "uncurl_jax artifact 1"'):
         verify_artifact(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema": "uncurl_jax artifact 1"}')
+    with pytest.raises(InputError, match=r"a format of stablehlo, .* got no format in"):
+        verify_artifact(tmp_path)
+    values = {"schema": runner.SCHEMA, "format": "onnx", "files": {}, "models": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"a format of stablehlo, .* got 'onnx'"):
+        verify_artifact(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ def verify_artifact(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         manifest = runner.read_manifest(directory)
+        _check_fields(directory, manifest)
         runner.check_files(directory, manifest)
     except runner.ArtifactError as error:
         raise InputError(str(error)) from None
@@ -45,6 +46,16 @@ def verify_artifact(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "models": models,
         "verified": True,
     }
+
+
+def _check_fields(directory: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
+    missing = [name for name in ("format", "files", "models") if name not in manifest]
+    if missing or manifest["format"] not in _RUNNERS:
+        got = f"no {missing[0]}" if missing else repr(manifest["format"])
+        raise InputError(
+            f"A manifest must have models, files and a format of {', '.join(_RUNNERS)}, got {got} "
+            f"in {directory}: export again."
+        )
 
 
 class MismatchError(RuntimeError):
