@@ -103,11 +103,8 @@ def test_a_body_that_is_no_object_is_refused(serving, content, headers, status, 
 
 
 def test_a_body_of_unknown_length_is_read_no_further_than_the_limit(serve):
-    sent = []
-
     def parts():
         for _ in range(1000):
-            sent.append(1)
             yield b" " * 1000
 
     with serve(max_body_bytes=2000) as serving:

@@ -128,6 +128,13 @@ def test_sigterm_finishes_what_was_accepted_saves_statistics_and_exits_with_0(st
     assert saved["topic"].tokens >= sum(read)
 
 
+def test_sigterm_ends_a_server_that_still_compiles(start):
+    with start() as server:
+        status, stdout, stderr = server.end(signal.SIGTERM)
+    assert status == 0 and "Traceback" not in stderr
+    assert json.loads(stdout)["tokens"] == {"base": 0, "topic": 0}
+
+
 @pytest.mark.slow
 def test_with_no_time_to_drain_what_is_left_is_answered_with_503(start):
     with start("--drain_seconds", "0") as server:

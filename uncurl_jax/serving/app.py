@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -188,9 +189,11 @@ def _require_ready(service: Service) -> None:
         raise _shutting_down()
 
 
-def _submit(service: Service, model: str, payload: Any) -> Job:
+@contextlib.contextmanager
+def _queueing(service: Service) -> Iterator[None]:
+    """Answers 429 or 503 if the queue takes nothing."""
     try:
-        return service.submit(model, payload)
+        yield
     except QueueFullError as full:
         raise RequestError(
             429,
@@ -202,10 +205,26 @@ def _submit(service: Service, model: str, payload: Any) -> Job:
         raise _shutting_down() from None
 
 
-async def _completions(request: Request) -> Response:
+async def _read_request(request: Request, parse: Callable[..., Any], *arguments: Any) -> Any:
+    """Reads and checks the body of a request that is to be queued; refuses early if it cannot be.
+
+    Tokenising may take a while, so it is not done in the event loop.
+    """
     service: Service = request.app.state.service
     body = await _read_object(request)
-    wanted = bodies.completion_request(body, service.artifact, service.config)
+    with _queueing(service):
+        service.batcher.require_room()
+    return await asyncio.to_thread(parse, body, service.artifact, *arguments)
+
+
+def _submit(service: Service, model: str, payload: Any) -> Job:
+    with _queueing(service):
+        return service.submit(model, payload)
+
+
+async def _completions(request: Request) -> Response:
+    service: Service = request.app.state.service
+    wanted = await _read_request(request, bodies.completion_request, service.config)
     payload = Completion(wanted.rows, wanted.is_streamed)
     job = _submit(service, wanted.model.name, payload)
     head = {
@@ -268,8 +287,7 @@ def _event(value: Any) -> str:
 
 async def _classify(request: Request) -> Response:
     service: Service = request.app.state.service
-    body = await _read_object(request)
-    wanted = bodies.classify_request(body, service.artifact)
+    wanted = await _read_request(request, bodies.classify_request)
     ranking: Ranking = await _result(service, _submit(service, wanted.model.name, wanted.question))
     service.ranked(wanted.model.name, wanted.question, ranking)
     return JSONResponse(answers.ranking_json(wanted, ranking))
@@ -277,10 +295,16 @@ async def _classify(request: Request) -> Response:
 
 async def _experts(request: Request) -> Response:
     service: Service = request.app.state.service
-    body = await _read_object(request)
-    wanted = bodies.trace_request(body, service.artifact)
-    jobs = [_submit(service, model.name, Trace(row)) for model, row in wanted.rows]
-    traces = await asyncio.gather(*(_result(service, job) for job in jobs))
+    wanted = await _read_request(request, bodies.trace_request)
+    jobs: list[Job] = []
+    try:
+        for model, row in wanted.rows:
+            jobs.append(_submit(service, model.name, Trace(row)))
+        traces = await asyncio.gather(*(_result(service, job) for job in jobs))
+    finally:
+        # If one is refused, nobody waits for the other.
+        for job in jobs:
+            job.cancel()
     models = [
         answers.trace_json(service.artifact, model, row, trace)
         for (model, row), trace in zip(wanted.rows, traces, strict=True)

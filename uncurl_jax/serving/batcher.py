@@ -131,6 +131,14 @@ class Batcher:
         """Whether nothing is waiting or running, background jobs included."""
         return not (self._waiting or self._background or self._running)
 
+    def require_room(self) -> None:
+        """Raises what `submit` would raise now."""
+        if self._is_closed:
+            raise ShuttingDownError
+        if len(self._waiting) >= self._max_queue:
+            seconds = self._seconds_per_job * len(self._waiting)
+            raise QueueFullError(min(max(1, math.ceil(seconds)), 60))
+
     def submit(self, job: Job) -> None:
         """Puts a job into the queue; await its `result`.
 
@@ -138,11 +146,7 @@ class Batcher:
           QueueFullError: If the queue is full.
           ShuttingDownError: After `close`.
         """
-        if self._is_closed:
-            raise ShuttingDownError
-        if len(self._waiting) >= self._max_queue:
-            seconds = self._seconds_per_job * len(self._waiting)
-            raise QueueFullError(min(max(1, math.ceil(seconds)), 60))
+        self.require_room()
         self._waiting.append((time.monotonic(), job))
         self._metrics.queue_length.set(len(self._waiting))
         self._arrived.set()

@@ -114,22 +114,23 @@ def _bind(host: str, port: int) -> socket.socket:
 async def _serve(service: Service, host: str, bound: socket.socket, *, quiet: bool) -> str:
     """Serves until a signal has been answered; returns the URL."""
     server = _Server(service, host)
-    with tqdm(desc="compile", unit="shape", file=sys.stderr, disable=quiet, delay=1.0) as bar:
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    async def start() -> None:
+        with tqdm(desc="compile", unit="shape", file=sys.stderr, disable=quiet, delay=1.0) as bar:
 
-        async def start() -> None:
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
             try:
                 await service.start(show)
             except BaseException:
                 server.should_exit = True
                 raise
 
-        starting = asyncio.create_task(start())
-        await server.serve(sockets=[bound])
-        await starting
+    starting = asyncio.create_task(start())
+    await server.serve(sockets=[bound])
+    await starting
     return server.address
 
 

@@ -159,7 +159,7 @@ class Service:
 
 
 def _longest_option(artifact: ServedArtifact) -> int:
-    """Returns the tokens of the longest known option with its end of text, 8 at least."""
+    """Returns the tokens of the longest known option with its end of text, 16 at least."""
     encode = artifact.vocabulary.encode_after_space
     options = {option for model in artifact.models.values() for option in model.options or ()}
-    return max([8, *(len(encode(option)) + 1 for option in options)])
+    return max([16, *(len(encode(option)) + 1 for option in options)])

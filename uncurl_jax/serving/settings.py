@@ -21,7 +21,7 @@ class ServeConfig:
       max_queue: requests that may wait; more are refused with 429.
       max_body_bytes: of a request; larger ones are refused with 413.
       max_new_tokens: most that a completion may ask for.
-      request_timeout_seconds: from the first byte of a request to the last of its answer.
+      request_timeout_seconds: for the body of a request to arrive, and again for its answer.
       drain_seconds: after SIGTERM, time for what was accepted.
       shadow: model that also reads a part of the traffic of the others, for its statistics alone.
       shadow_fraction: which part, in [0, 1].
