@@ -175,6 +175,23 @@ def test_after_closing_waiting_jobs_are_run_and_new_ones_refused():
     run(body)
 
 
+def test_a_job_that_is_given_up_while_it_waits_for_company_leaves_the_batcher_running(caplog):
+    async def body(batcher, executor):
+        batcher.submit(alone := Job(A, 1, "alone"))
+        await asyncio.sleep(0.05)
+        assert batcher.abandon() == 1
+        with pytest.raises(ShuttingDownError):
+            await alone.result
+        jobs = [Job(A, 1, text) for text in "pqrs"]
+        for job in jobs:
+            batcher.submit(job)
+        assert await asyncio.gather(*(job.result for job in jobs)) == list("PQRS")
+
+    # The first waits a second for others, of which the next four are the whole batch.
+    assert run(body, max_wait_seconds=1.0).batches == [["p", "q", "r", "s"]]
+    assert caplog.text == ""
+
+
 def test_abandoned_jobs_are_told_and_counted():
     async def body(batcher, executor):
         first = await blocked(batcher, executor)

@@ -178,7 +178,9 @@ class Batcher:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            await self._run_batch(batch)
+            # All may have been given up while they waited for company.
+            if batch:
+                await self._run_batch(batch)
 
     async def _run_batch(self, batch: Sequence[Job]) -> None:
         self._running = batch
@@ -202,6 +204,7 @@ class Batcher:
             (rest := deadline - time.monotonic()) > 0
             and sum(job.num_rows for _, job in self._waiting) < self._max_batch
             and all(job.key == first.key for _, job in self._waiting)
+            and self._waiting
         ):
             self._arrived.clear()
             with contextlib.suppress(TimeoutError):
