@@ -53,14 +53,11 @@ class CellRunner:
     calibration/<n>_experts_seed<s>/<domain>.npz.
     """
 
-    def __init__(
-        self, config: RecipeStudyConfig, directory: Path, cache_dir: Path, *, quiet: bool = False
-    ):
+    def __init__(self, config: RecipeStudyConfig, directory: Path, cache_dir: Path):
         """Keeps what the stages need; nothing is read yet."""
         self._config = config
         self._directory = directory
         self._cache_dir = cache_dir
-        self._quiet = quiet
         self._teacher: tuple[tuple[Any, ...], _Model] | None = None
 
     def cache(self, task: str, split: str) -> TokenCache:

@@ -91,7 +91,7 @@ def run_recipes(
     directory.mkdir(parents=True, exist_ok=True)
     _write_study(config, directory / STUDY_FILE)
     _build_caches(config, caches, data_dir)
-    runner = CellRunner(config, directory, caches, quiet=quiet)
+    runner = CellRunner(config, directory, caches)
     records = read_json_lines(directory / RUNS_FILE) if (directory / RUNS_FILE).exists() else []
     wanted = [
         cell
